@@ -1,0 +1,54 @@
+"""Which examples make up a step, and the seed of each sample: pure functions of (seed, step), so that resuming needs the step alone."""
+
+import hashlib
+import random
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class BatchPlan:
+    """The order of the examples for ever; remembers the epoch it drew last, which changes the speed and nothing else."""
+
+    def __init__(self, buckets: Sequence[Hashable], repeats: int, batch_size: int, seed: int) -> None:
+        """buckets[i] is the bucket of example i; a batch never mixes two."""
+        self._members: dict[Hashable, list[int]] = {}
+        for index, bucket in enumerate(buckets):
+            self._members.setdefault(bucket, []).append(index)
+        self._repeats = repeats
+        self._batch_size = batch_size
+        self._seed = seed
+        self._drawn: tuple[int, list[tuple[int, ...]]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return sum(-(-len(members) * self._repeats // self._batch_size) for members in self._members.values())
+
+    def batch(self, step: int) -> tuple[int, ...]:
+        """Indices of the examples of this step, counted from 0; fewer than the batch size only where a bucket ends."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._drawn[0] != epoch:
+            self._drawn = (epoch, self._draw(epoch))
+        return self._drawn[1][position]
+
+    def _draw(self, epoch: int) -> list[tuple[int, ...]]:
+        rng = random.Random(sample_seed(self._seed, epoch, 0, "epoch"))
+        batches = []
+        for members in self._members.values():
+            # The repeats follow one another before the cut into batches, so only the bucket's last batch can be short;
+            # each is shuffled on its own, so an example comes again only after all the others.
+            order = [index for _ in range(self._repeats) for index in _shuffled(members, rng)]
+            batches += [tuple(order[start : start + self._batch_size]) for start in range(0, len(order), self._batch_size)]
+        return _shuffled(batches, rng)
+
+
+def sample_seed(seed: int, step: int, position: int, purpose: str) -> int:
+    """A seed in 0 .. 2**63 - 1 for the sample at `position` of the step's batch, unrelated for each purpose (noise, caption ...)."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{position}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _shuffled(items: Sequence[Item], rng: random.Random) -> list[Item]:
+    """By random(), whose sequence Python promises to keep between versions; it does not promise that of shuffle()."""
+    return sorted(items, key=lambda _: rng.random())

@@ -1,0 +1,76 @@
+"""The order of the data: complete, in batches of one bucket, and a function of the seed and the step alone."""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+
+from sdlora.data.batches import BatchPlan, sample_seed
+
+BUCKETS = ["square"] * 7 + ["wide"] * 3 + ["square"] * 2 + [(64, 96)]
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 50])
+def test_an_epoch_has_every_example_as_often_as_asked(repeats: int, batch_size: int) -> None:
+    plan = BatchPlan(BUCKETS, repeats, batch_size, seed=3)
+    for epoch in range(3):
+        batches = [plan.batch(epoch * plan.steps_per_epoch + position) for position in range(plan.steps_per_epoch)]
+        assert Counter(index for batch in batches for index in batch) == dict.fromkeys(range(len(BUCKETS)), repeats)
+        assert all(len({BUCKETS[index] for index in batch}) == 1 for batch in batches)
+        assert all(1 <= len(batch) <= batch_size for batch in batches)
+        short = Counter(BUCKETS[batch[0]] for batch in batches if len(batch) < batch_size)
+        assert all(count == 1 for count in short.values())  # one short batch a bucket at most
+
+
+def test_steps_per_epoch_by_hand() -> None:
+    # 9 square, 3 wide, 1 tall: ceil(9/4) + ceil(3/4) + ceil(1/4); with two repeats ceil(18/4) + ceil(6/4) + ceil(2/4).
+    assert BatchPlan(BUCKETS, 1, 4, seed=0).steps_per_epoch == 5
+    assert BatchPlan(BUCKETS, 2, 4, seed=0).steps_per_epoch == 8
+
+
+def test_repeats_fill_batches_without_repeating_inside_one_pass() -> None:
+    plan = BatchPlan(["square"] * 4, repeats=3, batch_size=4, seed=1)
+    assert [sorted(plan.batch(step)) for step in range(plan.steps_per_epoch)] == [[0, 1, 2, 3]] * 3
+
+
+def test_any_step_can_be_asked_for_in_any_order() -> None:
+    plan = BatchPlan(BUCKETS, 2, 4, seed=5)
+    forward = [plan.batch(step) for step in range(40)]
+    assert [BatchPlan(BUCKETS, 2, 4, seed=5).batch(step) for step in reversed(range(40))] == forward[::-1]
+    assert [plan.batch(step) for step in reversed(range(40))] == forward[::-1]
+
+
+def test_epochs_and_seeds_differ() -> None:
+    plan = BatchPlan(["square"] * 50, 1, 5, seed=5)
+    first, second = ([plan.batch(epoch * 10 + position) for position in range(10)] for epoch in range(2))
+    other_seed = BatchPlan(["square"] * 50, 1, 5, seed=6)
+    assert first != second
+    assert first != [other_seed.batch(step) for step in range(10)]
+
+
+def test_buckets_come_mixed() -> None:
+    plan = BatchPlan(["square"] * 40 + ["wide"] * 40, 1, 4, seed=0)
+    wide = [plan.batch(step)[0] >= 40 for step in range(20)]
+    assert sum(before != after for before, after in pairwise(wide)) > 1  # sorted buckets would change once
+
+
+def test_the_order_is_frozen() -> None:
+    # Another order here would change every run that is resumed.
+    plan = BatchPlan(BUCKETS, 1, 4, seed=0)
+    assert [plan.batch(step) for step in range(5)] == [(11, 1, 10, 0), (6,), (12,), (8, 9, 7), (5, 2, 3, 4)]
+
+
+def test_sample_seeds_are_distinct_positive_and_stable() -> None:
+    seeds = {
+        sample_seed(seed, step, position, purpose)
+        for seed in (0, 1, 11)
+        for step in range(12)
+        for position in range(12)
+        for purpose in ("noise", "timestep", "caption")
+    }
+    assert len(seeds) == 3 * 12 * 12 * 3
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) > 2**62  # the whole range is in use
+    # printf 7/1000/3/noise | b2sum -l 64
+    assert sample_seed(7, 1000, 3, "noise") == 0x2F7B861E3DDE50B8 >> 1

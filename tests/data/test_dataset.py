@@ -1,0 +1,186 @@
+"""A folder as users have it: what becomes an example, what is left out, and what is said."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sdlora.data.dataset import Found, find_examples
+from sdlora.errors import DataError
+
+
+def picture(path: Path, size: tuple[int, int] = (6, 4)) -> Path:
+    Image.new("RGB", size, "red").save(path, {"jpeg": "jpeg"}.get(path.suffix))
+    return path
+
+
+def captioned(folder: Path, name: str, caption: str = "a cat") -> None:
+    path = picture(folder / name)
+    path.with_suffix(".txt").write_text(caption)
+
+
+def find(folder: Path, **options: Any) -> Found:
+    return find_examples(folder, **{"missing_caption": "error", "trigger": "", "on_bad_image": "error"} | options)
+
+
+def captions(found: Found) -> dict[str, str]:
+    return {example.path.name: example.caption for example in found.examples}
+
+
+def reasons(found: Found) -> dict[str, str]:
+    return {path.name: reason for path, reason in found.skipped}
+
+
+def test_an_example_has_path_caption_size_and_digest(tmp_path: Path) -> None:
+    path = picture(tmp_path / "cat.png", (30, 20))
+    (tmp_path / "cat.txt").write_text("a cat\n")
+    (example,) = find(tmp_path).examples
+    assert (example.path, example.caption, example.size) == (path, "a cat", (30, 20))
+    assert example.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert find(tmp_path).skipped == ()
+
+
+def test_the_size_is_that_of_the_upright_picture(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "cat.jpg", exif=exif)
+    assert find(tmp_path, missing_caption="empty").examples[0].size == (20, 30)
+
+
+def test_names_sort_as_people_count(tmp_path: Path) -> None:
+    names = ["10.png", "2.png", "a1.png", "A2.png", "a10.png", "B.png", "a.png", "a01.png"]
+    for name in names:
+        picture(tmp_path / name)
+    found = [example.path.name for example in find(tmp_path, missing_caption="empty").examples]
+    assert found == ["2.png", "10.png", "a.png", "a01.png", "a1.png", "A2.png", "a10.png", "B.png"]
+
+
+def test_a_caption_belongs_to_the_exact_stem(tmp_path: Path) -> None:
+    for name, caption in {"cat.v2.png": "one", "cat.png": "two", "cat (1).JPG": "three"}.items():
+        captioned(tmp_path, name, caption)
+    assert captions(find(tmp_path)) == {"cat.v2.png": "one", "cat.png": "two", "cat (1).JPG": "three"}
+    picture(tmp_path / "dog.png")
+    for near in ("dog.png.txt", "Dog.txt", "dog_.txt", "dog .txt"):
+        (tmp_path / near).write_text("a dog")
+    found = find(tmp_path, missing_caption="empty")
+    assert captions(found)["dog.png"] == ""
+    assert reasons(found) == dict.fromkeys(
+        ["dog.png.txt", "Dog.txt", "dog_.txt", "dog .txt"], "a caption without a picture of the same name"
+    )
+
+
+def test_txt_comes_before_caption_and_the_other_is_told(tmp_path: Path) -> None:
+    for stem, contents in {"both": ("tags", "prose"), "blank": (" ", "prose"), "one": (None, "prose")}.items():
+        picture(tmp_path / f"{stem}.png")
+        for suffix, content in zip((".txt", ".caption"), contents, strict=True):
+            if content is not None:
+                (tmp_path / f"{stem}{suffix}").write_text(content)
+    found = find(tmp_path)
+    assert captions(found) == {"blank.png": "prose", "both.png": "tags", "one.png": "prose"}
+    assert reasons(found) == {
+        "both.caption": "the caption is taken from both.txt",
+        "blank.txt": "the caption is taken from blank.caption",
+    }
+    for extension in (".caption", "caption"):
+        assert set(captions(find(tmp_path, caption_extension=extension)).values()) == {"prose"}
+    with pytest.raises(DataError, match=r"^2 of 3 .*\(blank.png, one.png\); .* ends in .txt, or"):
+        find(tmp_path, caption_extension=".txt")
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("empty", ""), ("trigger", "sks")])
+def test_missing_captions_follow_the_policy(tmp_path: Path, policy: str, expected: str) -> None:
+    captioned(tmp_path, "a.png", "a cat")
+    captioned(tmp_path, "b.png", " \n")
+    picture(tmp_path / "c.png")
+    assert captions(find(tmp_path, missing_caption=policy, trigger="sks")) == {"a.png": "sks, a cat", "b.png": expected, "c.png": expected}
+
+
+def test_missing_captions_are_counted_and_named(tmp_path: Path) -> None:
+    captioned(tmp_path, "a.png")
+    for name in ("c1.png", "c2.png", "c3.png", "c10.png"):
+        picture(tmp_path / name)
+    with pytest.raises(DataError, match=r"^4 of 5 pictures .* no caption \(c1.png, c2.png, c3.png, \.\.\.\); .*missing_caption"):
+        find(tmp_path)
+
+
+def test_a_placeholder_needs_a_trigger(tmp_path: Path) -> None:
+    captioned(tmp_path, "a.png", "a {trigger} cat")
+    assert captions(find(tmp_path, trigger="sks")) == {"a.png": "a sks cat"}
+    with pytest.raises(DataError, match=r"a.txt has \{trigger\}"):
+        find(tmp_path)
+
+
+def test_bad_pictures_stop_or_are_left_out(tmp_path: Path) -> None:
+    captioned(tmp_path, "a.png")
+    captioned(tmp_path, "empty.png")
+    (tmp_path / "empty.png").write_bytes(b"")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "half.jpg")  # no caption either, but that is not its trouble
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "half.jpg").read_bytes()[:-500])
+    with pytest.raises(DataError, match=r"empty.png cannot be read: the file is empty .*on_bad_image"):
+        find(tmp_path)
+    found = find(tmp_path, on_bad_image="skip")
+    assert captions(found) == {"a.png": "a cat"}
+    assert list(reasons(found)) == ["empty.png", "half.jpg"]
+    assert reasons(found)["empty.png"] == "the file is empty (0 bytes)" and "truncated" in reasons(found)["half.jpg"]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match=r"None of the 2 pictures .* empty.png: the file is empty"):
+        find(tmp_path, on_bad_image="skip")
+
+
+def test_only_what_matters_is_told_of_other_files(tmp_path: Path) -> None:
+    captioned(tmp_path, "a.png")
+    captioned(tmp_path, "readme.png")  # a picture and its caption, whatever the name
+    for name in (".DS_Store", "._a.png", "Thumbs.db", "desktop.ini", "LICENSE", "README.md", "LICENCE.txt", "clip.mp4", "b.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / ".git").mkdir()
+    found = find(tmp_path)
+    assert captions(found) == {"a.png": "a cat", "readme.png": "a cat"}
+    subfolder = "a subfolder; only the pictures directly in the folder are used"
+    assert reasons(found) == {
+        "more": subfolder,
+        "folder.png": subfolder,
+        "clip.mp4": "not a picture",
+        "b.txt": "a caption without a picture of the same name",
+    }
+
+
+def test_two_pictures_cannot_share_a_caption(tmp_path: Path) -> None:
+    picture(tmp_path / "cat.png")
+    picture(tmp_path / "cat.jpg")
+    assert len(find(tmp_path, missing_caption="empty").examples) == 2  # without one there is nothing to share
+    (tmp_path / "cat.txt").write_text("a cat")
+    with pytest.raises(DataError, match=r"cat.jpg and cat.png in .* share the caption cat.txt"):
+        find(tmp_path)
+
+
+def test_a_folder_without_pictures_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no pictures .*: it is empty\.$"):
+        find(tmp_path)
+    for name in ("a.txt", "b.txt", "c.TXT", "d.psd", "notes"):
+        (tmp_path / name).write_text("x")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=r"it holds 3 .txt, 1 .psd, 1 without extension; subfolders: one, two \(give one of them"):
+        find(tmp_path)
+
+
+def test_a_wrong_path_gets_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    captioned(tmp_path / "pictures", "a.png")
+    with pytest.raises(DataError, match=r"did you mean .*pictures\?$"):
+        find(tmp_path / "picturs")
+    with pytest.raises(DataError, match=r"does not exist; check the path\.$"):
+        find(tmp_path / "elsewhere" / "x")
+    with pytest.raises(DataError, match=r"a.png is a file; give the folder"):
+        find(tmp_path / "pictures" / "a.png")
+
+
+def test_the_order_and_the_findings_are_the_same_each_time(tmp_path: Path) -> None:
+    for number in range(12):
+        captioned(tmp_path, f"{number}.png", str(number))
+    assert find(tmp_path) == find(tmp_path)
+    assert [example.caption for example in find(tmp_path).examples] == [str(number) for number in range(12)]
