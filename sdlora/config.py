@@ -1,0 +1,274 @@
+"""Every option, declared once: files, flags, `sdlora options` and the error messages derive from these classes."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import tomllib
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from sdlora.errors import ConfigError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, le=10)]
+TargetGroup = Literal["attention", "feed_forward", "projection", "resnet", "resample", "time"]
+
+
+class ModelOptions(Section):
+    base: str = Field("mini", min_length=1, description="Base model: a folder in diffusers' layout (SD 1.x), or 'mini', the one built in.")
+
+
+class DataOptions(Section):
+    folder: Path = Field(
+        Path("pictures"), description="Folder of pictures, each with its caption in a .txt or .caption file of the same stem."
+    )
+    trigger: str = Field("", description="Trigger word: replaces {trigger} in captions, or is put before those that lack it.")
+    missing_caption: Literal["error", "empty", "trigger"] = Field(
+        "error", description="What a picture without a caption gets: an error, the empty caption, or the trigger word."
+    )
+    on_bad_image: Literal["error", "skip"] = Field(
+        "error", description="Whether an unreadable picture ends the run or is skipped and named."
+    )
+    repeats: PositiveInt = Field(1, description="How often each picture is shown in an epoch.")
+    resolution: int = Field(512, ge=16, le=4096, description="Training size in px: buckets hold at most resolution x resolution pixels.")
+    bucket_step: int = Field(64, ge=8, le=256, description="Sides of the aspect-ratio buckets are multiples of this many px.")
+    flip: bool = Field(False, description="Also show each picture mirrored; harms what has a left and a right.")
+    caption_dropout: Share = Field(0.0, description="Share of steps at which a picture is shown with the empty caption.")
+    shuffle_tags: bool = Field(False, description="Shuffle the comma-separated tags of a caption each time it is shown.")
+    keep_tags: Count = Field(1, description="How many leading tags stay in place when tags are shuffled; the trigger word is one.")
+
+    @model_validator(mode="after")
+    def _a_trigger_is_named_where_it_is_used(self) -> Self:
+        if self.missing_caption == "trigger" and not self.trigger:
+            raise ValueError("data.missing_caption = 'trigger' needs a trigger word: set data.trigger")
+        return self
+
+
+class LoraOptions(Section):
+    rank: int = Field(16, ge=1, le=1024, description="Rank of each layer's update.")
+    alpha: float = Field(16.0, gt=0, le=4096, description="Starting alpha: the update is scaled by alpha / rank.")
+    learned_alpha: bool = Field(True, description="Train alpha, one number a layer; the exported file carries what was learned.")
+    init: Literal["kaiming", "gaussian", "orthonormal", "pissa"] = Field(
+        "kaiming",
+        description="Start of the matrices: 'kaiming' and 'gaussian' draw down at random; 'orthonormal' freezes down at singular values 1; "
+        "'pissa' starts from the base weight's largest singular vectors.",
+    )
+    unet: tuple[TargetGroup, ...] = Field(
+        ("attention", "feed_forward", "projection"), description="UNet layers that are adapted; empty for none."
+    )
+    text_encoder: tuple[Literal["attention", "feed_forward"], ...] = Field(
+        ("attention", "feed_forward"), description="Text-encoder layers that are adapted; empty for none."
+    )
+
+
+class OptimizerOptions(Section):
+    rate: Rate = Field(1e-4, description="Peak learning rate of the UNet's adapters (AdamW).")
+    text_encoder_rate: Rate | None = Field(None, description="Peak learning rate of the text encoder's adapters; unset: half the UNet's.")
+    alpha_rate: Rate = Field(5e-3, description="Peak learning rate of the learned alphas, in alpha's own unit a step.")
+    up_ratio: float = Field(1.0, gt=0, le=64, description="Rate of up over rate of down, as in LoRA+; 1 treats both alike.")
+    layer_rates: dict[str, Rate] = Field(
+        default_factory=dict,
+        description="Own rates by glob over layer names, the last match wins; 0 leaves a layer out of the LoRA.",
+    )
+    weight_decay: Share = Field(0.01, description="AdamW's weight decay on down and up (never on alpha).")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.99), description="AdamW's betas."
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="How rates fall from their peak towards the last step.")
+    warmup_steps: Count = Field(0, description="Steps over which rates rise from zero.")
+
+
+class LossOptions(Section):
+    min_snr_gamma: float = Field(5.0, ge=0, description="Min-SNR weighting's gamma; 0 weights all timesteps alike.")
+    noise_offset: Share = Field(0.0, description="Strength of noise shared by all pixels of a channel, for darker darks.")
+    embedding_norm: float = Field(
+        0.1, ge=0, description="Weight of the term that keeps text-embedding norms near the base model's; drift is logged even at 0."
+    )
+
+
+class TrainOptions(Section):
+    steps: PositiveInt = Field(1000, description="Optimizer steps.")
+    batch_size: PositiveInt = Field(1, description="Pictures a step.")
+    accumulation: PositiveInt = Field(1, description="Batches whose gradients are averaged into one step.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Fixes data order, noise, timesteps and initial weights.")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the frozen model; adapters stay in fp32.")
+    device: str = Field("auto", description="Where to train: auto, cpu, cuda, cuda:1, mps.")
+    threads: Count = Field(0, description="CPU threads; 0 leaves it to PyTorch. Part of what makes a run repeatable to the bit.")
+    gradient_checkpointing: bool = Field(False, description="Compute activations twice to save memory.")
+    checkpoint_every: Count = Field(250, description="Steps between checkpoints; 0 for the last one only.")
+    keep_checkpoints: int = Field(2, ge=2, description="How many checkpoints stay on disk.")
+
+
+class PreviewOptions(Section):
+    prompts: tuple[str, ...] = Field(
+        (), description="Pictures to draw while training: 'text --n negative --w 512 --h 512 --d seed --s steps --l scale'."
+    )
+    every: Count = Field(250, description="Steps between previews; 0 for before and after only.")
+    sampling_steps: int = Field(20, ge=1, le=1000, description="Denoising steps of a preview (DPM-Solver++ 2M).")
+    guidance: float = Field(7.0, ge=0, le=100, description="Classifier-free guidance scale of a preview.")
+
+
+class OutputOptions(Section):
+    runs: Path = Field(Path("runs"), description="Where run folders are made.")
+    name: str = Field("lora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Name of the run and of the exported file.")
+
+
+class Config(Section):
+    model: ModelOptions = Field(default_factory=ModelOptions)
+    data: DataOptions = Field(default_factory=DataOptions)
+    lora: LoraOptions = Field(default_factory=LoraOptions)
+    optimizer: OptimizerOptions = Field(default_factory=OptimizerOptions)
+    loss: LossOptions = Field(default_factory=LossOptions)
+    train: TrainOptions = Field(default_factory=TrainOptions)
+    preview: PreviewOptions = Field(default_factory=PreviewOptions)
+    output: OutputOptions = Field(default_factory=OutputOptions)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One line of the reference."""
+
+    name: str  # section.key
+    field: FieldInfo
+
+    @property
+    def default(self) -> Any:
+        return self.field.get_default(call_default_factory=True)
+
+    @property
+    def type(self) -> str:
+        return _type_name(self.field.annotation)
+
+
+def options() -> Iterator[Option]:
+    for section, of in Config.model_fields.items():
+        for key, field in typing.cast(type[Section], of.annotation).model_fields.items():
+            yield Option(f"{section}.{key}", field)
+
+
+def load(files: Sequence[Path] = (), flags: Sequence[tuple[str, str]] = ()) -> Config:
+    """Merge TOML files, later ones over earlier ones, then flags over them.
+
+    A flag is (name, value): the name is `section.key`, or the key alone where only one section has it. Raises ConfigError.
+    """
+    merged: dict[str, Any] = {}
+    for path in files:
+        try:
+            read = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError:
+            raise ConfigError(f"No config file {path}.{_near(str(path), [str(p) for p in path.parent.glob('*.toml')])}") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"Cannot read the config file {path}: {error}.") from None
+        _check_names(read, path)
+        for section, values in read.items():
+            merged.setdefault(section, {}).update(values)
+    for name, text in flags:
+        option = _find(name)
+        section, key = option.name.split(".")
+        merged.setdefault(section, {})[key] = _value(option, text)
+    return _validate(merged)
+
+
+def dump(config: Config) -> str:
+    """The config as TOML that `load` reads back to an equal one, each option under its description."""
+    document = tomlkit.document()
+    for option in options():
+        section, key = option.name.split(".")
+        table = document.setdefault(section, tomlkit.table())
+        value = getattr(getattr(config, section), key)
+        if value is not None:
+            table.add(tomlkit.comment(str(option.field.description)))
+            table.add(key, str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value)
+    return tomlkit.dumps(document)
+
+
+def _validate(values: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "value_error":  # one of our own sentences
+            raise ConfigError(f"{first['ctx']['error']}.") from None
+        name = ".".join(str(part) for part in first["loc"])
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise ConfigError(f"{name} = {first['input']!r}: {message}.") from None
+
+
+def _check_names(read: dict[str, Any], path: Path) -> None:
+    known = {option.name for option in options()}
+    for section, values in read.items():
+        if section not in Config.model_fields:
+            raise ConfigError(f"{path}: [{section}] is not a section of options.{_near(section, Config.model_fields)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {section} must be a section, written [{section}].")
+        for key in values:
+            if f"{section}.{key}" not in known:
+                raise ConfigError(f"{path}: {section}.{key} is not an option.{_near(f'{section}.{key}', known)}")
+
+
+def _find(name: str) -> Option:
+    """The option of a flag, by its full name, or by its key where that is unambiguous."""
+    name = name.replace("-", "_")
+    found = [o for o in options() if name in (o.name, o.name.split(".")[1])]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"--{name} could be any of {', '.join('--' + o.name for o in found)}: write the full name.")
+    names = [o.name for o in options()]
+    raise ConfigError(f"--{name} is not an option.{_near(name, [*names, *(n.split('.')[1] for n in names)], '--')}")
+
+
+def _value(option: Option, text: str) -> Any:
+    """A flag's text as a TOML value, or as it stands where the option takes text."""
+    if "text" in option.type.split(" or ") or option.type == "path" or text == "":
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if isinstance(value, datetime.date | datetime.time):
+        value = text
+    if option.type.startswith("list") and not isinstance(value, list):
+        value = [value]
+    return value
+
+
+def _near(name: str, names: typing.Iterable[str], prefix: str = "") -> str:
+    names = list(names)
+    close = difflib.get_close_matches(name, names, 1, 0.6)
+    if not close and "." in name:  # a right key in the wrong section
+        close = [n for n in names if n.endswith("." + name.split(".")[-1])][:1]
+    return f" Did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"table of {_type_name(arguments[0])} = {_type_name(arguments[1])}"
+    if arguments:  # X | None
+        return " or ".join("unset" if a is type(None) else _type_name(a) for a in arguments)
+    return {str: "text", int: "integer", float: "number", bool: "true | false", Path: "path"}[annotation]

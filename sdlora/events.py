@@ -1,0 +1,144 @@
+"""What a run tells: small typed events, recorded one JSON line each in events.jsonl, and followed from any process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Before training: what is going to happen."""
+
+    images: int
+    repeats: int
+    buckets: dict[str, int]  # "512x768" -> pictures
+    steps: int
+    steps_per_epoch: int
+    epochs: float
+    batch_size: int
+    layers: dict[str, int]  # "unet" -> adapted layers
+    trainable_parameters: int
+    memory_bytes: int  # estimated peak
+    device: str
+    base: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    message: str
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Training goes on after this many steps; later steps recorded before this line were lost and are taken again."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    step: int  # steps taken so far
+    steps: int
+    loss: float
+    rate: float  # of the UNet's adapters, or of the text encoder's where the UNet has none
+    embedding_norm_drift: float  # mean over tokens of | norm / base norm - 1 |
+    alpha: float  # mean over layers
+    seconds: float  # this step took
+
+
+@dataclass(frozen=True)
+class Previewed:
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Exported:
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Asked to stop: state is saved, `sdlora resume` goes on."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    message: str
+
+
+Event = Planned | Warned | Resumed | Stepped | Previewed | Saved | Exported | Stopped | Finished | Failed
+KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Planned, Warned, Resumed, Stepped, Previewed, Saved, Exported, Stopped, Finished, Failed)
+}
+LAST = (Stopped, Finished, Failed)
+
+
+def record(events: Iterable[Event], path: Path) -> Iterator[Event]:
+    """Pass events on, each appended to `path` first. An error is recorded as Failed, then raised on."""
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(event: Event) -> None:
+            file.write(json.dumps({"event": type(event).__name__, "time": round(time.time(), 3)} | asdict(event)) + "\n")
+            file.flush()
+
+        try:
+            for event in events:
+                write(event)
+                yield event
+        except Exception as error:
+            write(Failed(f"{type(error).__name__}: {error}"))
+            raise
+
+
+def parse(line: str) -> Event:
+    values = json.loads(line)
+    kind = KINDS[values.pop("event")]
+    values.pop("time")
+    return kind(**values)  # type: ignore[no-any-return]
+
+
+def read(path: Path) -> list[Event]:
+    """All whole events so far; a line that a killed process left unfinished is dropped."""
+    if not path.exists():
+        return []
+    return [parse(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def follow(path: Path, pid: int | None = None, poll_seconds: float = 0.5) -> Iterator[Event]:
+    """Events as they come, until the run ends; where process `pid` dies without a last word, the last event is Failed."""
+    seen = 0
+    while True:
+        alive = pid is None or psutil.pid_exists(pid)
+        events = read(path)
+        for event in events[seen:]:
+            yield event
+            if isinstance(event, LAST):
+                return
+        seen = len(events)
+        if not alive:
+            yield Failed(f"Process {pid} ended without a last word: it was killed, or the machine ran out of memory.")
+            return
+        time.sleep(poll_seconds)

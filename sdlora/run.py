@@ -1,0 +1,87 @@
+"""The run folder: all that one run reads and writes, and the interface between processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from sdlora import config as configs
+from sdlora.config import Config
+from sdlora.errors import ConfigError, TrainingError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with config.toml, events.jsonl, run.log, previews/, checkpoints/, and `stop` when it is asked to stop."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> Config:
+        return configs.load([self.folder / "config.toml"])
+
+    @property
+    def events(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "run.log"
+
+    @property
+    def previews(self) -> Path:
+        return self.folder / "previews"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "latents.safetensors"
+
+    @property
+    def export(self) -> Path:
+        return self.folder / f"{self.config.output.name}.safetensors"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.folder / "stop"
+
+    def ask_to_stop(self) -> None:
+        self.stop_file.touch()
+
+    def asked_to_stop(self) -> bool:
+        return self.stop_file.exists()
+
+
+def create(config: Config) -> Run:
+    """Make a new run folder `<output.runs>/<output.name>`, or `<name>-2` and so on where that is taken."""
+    if not config.data.folder.exists():
+        raise ConfigError(f"data.folder: there is no folder {config.data.folder}.")
+    # Paths are kept absolute, so that resume works from any folder; a relative base stays a name unless it exists.
+    data = config.data.model_copy(update={"folder": config.data.folder.resolve()})
+    base = Path(config.model.base)
+    model = config.model.model_copy(update={"base": str(base.resolve())}) if base.exists() and config.model.base != "mini" else config.model
+    config = config.model_copy(update={"data": data, "model": model})
+    for number in range(1, 10_000):
+        folder = config.output.runs / (config.output.name if number == 1 else f"{config.output.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"output.runs: cannot make {folder}: {error.strerror}.") from None
+        run = Run(folder.resolve())
+        run.previews.mkdir()
+        run.checkpoints.mkdir()
+        (folder / "config.toml").write_text(configs.dump(config), encoding="utf-8")
+        return run
+    raise ConfigError(f"output.name: too many runs are called {config.output.name}; choose another name.")
+
+
+def open_run(folder: Path) -> Run:
+    if not (folder / "config.toml").is_file():
+        raise TrainingError(f"{folder} is not a run folder: it has no config.toml; runs are made by `sdlora train`.")
+    return Run(folder.resolve())

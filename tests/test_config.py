@@ -1,0 +1,97 @@
+"""One schema: files and flags merge, what is wrong gets one clear sentence, and a config survives being written."""
+
+from pathlib import Path
+
+import pytest
+
+from sdlora.config import Config, dump, load, options
+from sdlora.errors import ConfigError
+
+
+def file(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_later_files_and_flags_win(tmp_path: Path) -> None:
+    first = file(tmp_path, "a.toml", "[train]\nsteps = 1\nbatch_size = 2\n[lora]\nrank = 4")
+    second = file(tmp_path, "b.toml", "[train]\nsteps = 3")
+    config = load([first, second], [("rank", "8")])
+    assert (config.train.steps, config.train.batch_size, config.lora.rank) == (3, 2, 8)
+
+
+def test_written_config_reads_back_equal(tmp_path: Path) -> None:
+    config = load(
+        [],
+        [
+            ("layer_rates", '{"unet.*.attn2.*" = 2e-4, "text_encoder.*" = 0}'),
+            ("prompts", '["a \\"b\\" --d 1", "c"]'),
+            ("trigger", "ohwx"),
+            ("data.folder", "C:\\pictures"),
+            ("betas", "[0.9, 0.95]"),
+            ("text_encoder_rate", "1e-5"),
+            ("lora.unet", "[]"),
+        ],
+    )
+    assert load([file(tmp_path, "c.toml", dump(config))]) == config
+    assert load([file(tmp_path, "d.toml", dump(Config()))]) == Config()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([("ratee", "1")], "--ratee is not an option. Did you mean --rate?"),
+        ([("train.rank", "4")], "Did you mean --lora.rank?"),
+        ([("rank", "0")], "lora.rank = 0: input should be greater than or equal to 1"),
+        ([("rank", "many")], "lora.rank = 'many'"),
+        ([("init", "xavier")], "lora.init = 'xavier'"),
+        ([("rate", "nan")], "optimizer.rate = nan"),
+        ([("output.name", "../evil")], "output.name"),
+        ([("missing_caption", "trigger")], "data.missing_caption = 'trigger' needs a trigger word: set data.trigger."),
+    ],
+)
+def test_wrong_flags_get_one_sentence(flags: list[tuple[str, str]], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load([], flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[lora]\nrnak = 4", "lora.rnak is not an option. Did you mean lora.rank?"),
+        ("[lorra]\nrank = 4", "[lorra] is not a section of options. Did you mean lora?"),
+        ("[train]\nrank = 4", "train.rank is not an option. Did you mean lora.rank?"),
+        ("lora = 3", "must be a section"),
+        ("[lora\n", "Cannot read the config file"),
+    ],
+)
+def test_wrong_files_get_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load([file(tmp_path, "a.toml", text)])
+    assert message in str(error.value)
+
+
+def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    file(tmp_path, "mini.toml", "")
+    with pytest.raises(ConfigError, match=r"Did you mean .*mini\.toml"):
+        load([tmp_path / "mimi.toml"])
+
+
+def test_text_flags_stay_text() -> None:
+    config = load([], [("trigger", "2024-01-01"), ("output.name", "123"), ("prompts", "a cat --s 3"), ("learned_alpha", "False")])
+    assert (config.data.trigger, config.output.name, config.preview.prompts) == ("2024-01-01", "123", ("a cat --s 3",))
+    assert config.lora.learned_alpha is False
+
+
+def test_every_option_says_what_it_does() -> None:
+    for option in options():
+        assert option.field.description and option.field.description.endswith((".", "'.")), option.name
+        assert option.type
+
+
+def test_presets_load() -> None:
+    presets = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+    assert presets
+    for preset in presets:
+        load([preset])

@@ -1,0 +1,50 @@
+"""Events survive the file, a follower sees them as they come, and a dead process ends in Failed."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sdlora import events
+
+TOLD = [
+    events.Planned(2, 1, {"64x64": 2}, 3, 2, 1.5, 1, {"unet": 4}, 10, 99, "cpu", "mini"),
+    events.Stepped(1, 3, 0.5, 1e-4, 0.01, 4.0, 0.2),
+    events.Saved(1, "x"),
+    events.Finished(3, "y"),
+]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    assert list(events.record(iter(TOLD), path)) == TOLD
+    assert events.read(path) == TOLD
+    assert list(events.follow(path)) == TOLD
+
+
+def test_an_error_is_recorded_and_raised(tmp_path: Path) -> None:
+    def failing() -> Iterator[events.Event]:
+        yield TOLD[0]
+        raise ValueError("no such luck")
+
+    with pytest.raises(ValueError, match="luck"):
+        list(events.record(failing(), tmp_path / "e"))
+    assert events.read(tmp_path / "e")[-1] == events.Failed("ValueError: no such luck")
+
+
+def test_a_line_cut_by_a_kill_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "e"
+    list(events.record(iter(TOLD[:2]), path))
+    path.write_text(path.read_text() + '{"event": "Sav')
+    assert events.read(path) == TOLD[:2]
+
+
+def test_a_follower_of_a_dead_process_hears_failed(tmp_path: Path) -> None:
+    path = tmp_path / "e"
+    list(events.record(iter(TOLD[:2]), path))
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    *first, last = events.follow(path, process.pid, poll_seconds=0.01)
+    assert first == TOLD[:2] and isinstance(last, events.Failed)

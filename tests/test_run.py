@@ -1,0 +1,38 @@
+"""The run folder: made with its config, never shared, reopened from anywhere."""
+
+from pathlib import Path
+
+import pytest
+
+from sdlora import config, run
+from sdlora.errors import ConfigError, TrainingError
+
+
+def test_create_and_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    of = config.load([], [("data.folder", "pictures"), ("output.name", "cat")])
+    first, second = run.create(of), run.create(of)
+    assert (first.folder.name, second.folder.name) == ("cat", "cat-2")
+    assert first.previews.is_dir() and first.checkpoints.is_dir()
+    monkeypatch.chdir("/")
+    opened = run.open_run(second.folder)
+    assert opened.config.data.folder == tmp_path / "pictures"  # absolute: resume works from any folder
+    assert opened.export == second.folder / "cat.safetensors"
+
+
+def test_stop_file(tmp_path: Path) -> None:
+    of = run.Run(tmp_path)
+    assert not of.asked_to_stop()
+    of.ask_to_stop()
+    assert of.asked_to_stop()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="not a run folder"):
+        run.open_run(tmp_path)
+    with pytest.raises(ConfigError, match="no folder"):
+        run.create(config.load([], [("data.folder", str(tmp_path / "nope"))]))
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ConfigError, match="cannot make"):
+        run.create(config.load([], [("data.folder", str(tmp_path)), ("runs", str(tmp_path / "runs"))]))
