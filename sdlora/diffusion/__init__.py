@@ -1,0 +1,1 @@
+"""The mathematics of training a diffusion model: noise schedules, timesteps, losses."""
