@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -39,8 +39,12 @@ class Options:
     stage: Annotated[Literal["vae", "base", "pack"], tyro.conf.Positional]
     work: Path = Path(".work/mini")
     """Folder for checkpoints, latents and figures."""
+    out: Path = WEIGHTS_DIR
+    """Folder that `pack` writes."""
     steps: int = 0
-    """Length of the stage in optimizer steps; 0 takes the stage's own."""
+    """Stop after this many optimizer steps; 0 takes the stage's own number."""
+    schedule_steps: int = 0
+    """Steps over which the rate falls; 0: those of the stage."""
     batch: int = 16
     """Pictures a step and process."""
     rate: float = 0.0
@@ -51,8 +55,8 @@ class Options:
     seed: int = 0
 
 
-def main() -> None:
-    options = tyro.cli(Options)
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = tyro.cli(Options, args=arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -172,6 +176,7 @@ class Stage:
         self.log_path = options.work / f"{name}.jsonl"
         self.module, self.options = module, options
         self.steps, self.rate, self.decay = options.steps or steps, options.rate or rate, decay
+        self.schedule_steps = options.schedule_steps or self.steps
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.average = {k: v.clone() for k, v in module.state_dict().items()}
@@ -187,7 +192,7 @@ class Stage:
         saved_at, shown_at, figures = time.monotonic(), time.monotonic(), []
         while self.step < self.steps:
             began = time.monotonic()
-            progress = self.step / self.steps
+            progress = self.step / self.schedule_steps
             warm = min(1.0, (self.step + 1) / 200)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
@@ -263,7 +268,7 @@ def train_vae(options: Options) -> None:
     stage = Stage("vae", options, vae, steps=5000, rate=2e-3, decay=0.999)
 
     def loss_of(step: int, generator: torch.Generator, rng: Random) -> tuple[Tensor, dict[str, float]]:
-        whole = step >= stage.steps * 5 // 6
+        whole = step >= stage.schedule_steps * 5 // 6
         size = world.RESOLUTION if whole else 32
         pictures = []
         for _ in range(max(1, options.batch // 4) if whole else options.batch):
@@ -406,7 +411,7 @@ def pack(options: Options) -> None:
         CLIPTextModel.from_pretrained(options.work / "base" / "text_encoder", local_files_only=True),
         UNet2DConditionModel.from_pretrained(options.work / "base" / "unet", local_files_only=True),
     )
-    save_pipeline(WEIGHTS_DIR, vae, tokenizer, base, torch.float16)
+    save_pipeline(options.out, vae, tokenizer, base, torch.float16)
 
 
 if __name__ == "__main__":

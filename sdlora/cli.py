@@ -1,0 +1,271 @@
+"""The `sdlora` command: arguments to calls, events to text. Nothing here imports torch before it must."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from sdlora import __version__, config, events
+from sdlora import run as runs
+from sdlora.errors import ConfigError, SdloraError
+
+OPTION_HELP = "Any option follows as --section.key VALUE, or --key VALUE where the key is unique: see `sdlora options`."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0; 2 with one line on stderr for what the user can mend. Anything else is a bug and shows its traceback."""
+    parser = argparse.ArgumentParser(prog="sdlora", description="Train Stable Diffusion LoRAs that do not break the model.")
+    parser.add_argument("--version", action="version", version=f"sdlora {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train a LoRA", description="Train a LoRA. " + OPTION_HELP, allow_abbrev=False)
+    command.add_argument("config", nargs="*", type=Path, help="TOML files, later ones over earlier ones")
+    command.set_defaults(call=train_command)
+
+    command = commands.add_parser("resume", help="go on with a run that was stopped or killed")
+    command.add_argument("run", type=Path, help="run folder")
+    command.set_defaults(call=resume_command)
+
+    command = commands.add_parser(
+        "generate",
+        help="make pictures, with or without a LoRA file",
+        description="Make pictures. A prompt may end in --n negative --w width --h height --d seed --s steps --l guidance.",
+    )
+    command.add_argument("prompt", nargs="*", help="what to draw")
+    command.add_argument("--prompts", type=Path, help="file with one prompt a line")
+    command.add_argument("--base", default="mini", help="base model: a folder, or 'mini' (default)")
+    command.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA file, as trained or from elsewhere")
+    command.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures (default: pictures)")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    command.set_defaults(call=generate_command)
+
+    command = commands.add_parser("options", help="list every training option with its meaning and default")
+    command.set_defaults(call=options_command)
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Options of a training run belong to config.py: argparse sees what stands before them.
+    is_option = [word.startswith("--") and word not in ("--help", "--version") for word in words]
+    split = is_option.index(True) if words[:1] == ["train"] and True in is_option else len(words)
+    parsed, rest = parser.parse_known_args(words[:split])
+    rest += words[split:]
+    try:
+        if rest and parsed.call is not train_command:
+            raise ConfigError(f"{rest[0]} is not an option of this command; see `sdlora --help`.")
+        parsed.flags = pairs(rest)
+        return int(parsed.call(parsed))
+    except SdloraError as error:
+        print(f"sdlora: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `sdlora options | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def pairs(words: Sequence[str]) -> list[tuple[str, str]]:
+    """`--a.b 1 --c=2` -> [("a.b", "1"), ("c", "2")]."""
+    found, queue = [], list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} stands where an option was expected; write --section.key {word}.")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not queue:
+                raise ConfigError(f"--{name} needs a value.")
+            value = queue.pop(0)
+        found.append((name, value))
+    return found
+
+
+# ---------------------------------------------------------------- commands
+
+
+def train_command(parsed: argparse.Namespace) -> int:
+    run = runs.create(config.load(parsed.config, parsed.flags))
+    return follow_training(run)
+
+
+def resume_command(parsed: argparse.Namespace) -> int:
+    run = runs.open_run(parsed.run)
+    run.stop_file.unlink(missing_ok=True)
+    return follow_training(run)
+
+
+def follow_training(run: runs.Run) -> int:
+    quiet_libraries()
+    logging.basicConfig(filename=run.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.captureWarnings(True)
+    print(f"Run folder: {shown(run.folder)}", flush=True)
+    print("Loading the model ...", flush=True)
+    with stop_on_signals(run):
+        from sdlora.train import train
+
+        for line in render(events.record(train(run), run.events), run):
+            print(line, flush=True)
+    return 0
+
+
+def generate_command(parsed: argparse.Namespace) -> int:
+    quiet_libraries()
+    lines = list(parsed.prompt)
+    if parsed.prompts:
+        try:
+            lines += [line.strip() for line in parsed.prompts.read_text(encoding="utf-8-sig").splitlines()]
+        except OSError as error:
+            raise ConfigError(f"--prompts: cannot read {parsed.prompts}: {error.strerror}.") from None
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise ConfigError("There is no prompt: write one in quotes, or name a file with --prompts.")
+
+    from sdlora import preview
+    from sdlora.lora import formats
+    from sdlora.models import families
+    from sdlora.train import DTYPES, pick_device
+
+    prompts = [preview.parse_prompt(line, steps=20, guidance=7.0) for line in lines]
+    files = [split_strength(text) for text in parsed.lora]
+    loaded = [(formats.load(path)[0], strength) for path, strength in files]
+    family, model = families.load(parsed.base, DTYPES[parsed.precision], pick_device(parsed.device))
+    for prompt in prompts:
+        preview.check_size(prompt, model.size_multiple)
+    for factors, strength in loaded:
+        formats.merge(model.parts, factors, strength)
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    used = "".join(f" <lora:{path.stem}:{strength:g}>" for path, strength in files)
+    number = 1 + max((int(p.stem) for p in parsed.out.glob("*.png") if p.stem.isdigit()), default=-1)
+    for offset, prompt in enumerate(prompts):
+        path = parsed.out / f"{number + offset:05d}.png"
+        preview.save_picture(family.generate(model, prompt), path, prompt, model=Path(parsed.base).name, lora=used)
+        print(f"{path}  {prompt.text}", flush=True)
+    return 0
+
+
+def options_command(parsed: argparse.Namespace) -> int:
+    section = ""
+    for option in config.options():
+        head, key = option.name.split(".")
+        if head != section:
+            print(f"\n[{head}]" if section else f"[{head}]")
+            section = head
+        default = option.default
+        value = (
+            "unset"
+            if default is None
+            else str(default).lower()
+            if isinstance(default, bool)
+            else repr(str(default))
+            if isinstance(default, Path)
+            else repr(default)
+        )
+        print(f"  {key} = {value}   ({option.type})\n      {option.field.description}")
+    return 0
+
+
+def split_strength(text: str) -> tuple[Path, float]:
+    """`file.safetensors:0.8` -> file and strength; a Windows drive's colon is left alone."""
+    head, colon, tail = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            return Path(head), float(tail)
+        except ValueError:
+            pass
+    return Path(text), 1.0
+
+
+# ---------------------------------------------------------------- events to text
+
+
+def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
+    """Lines to print; the progress bar draws itself on stderr."""
+    from tqdm import tqdm
+
+    bar: tqdm[None] | None = None
+    started, smooth, finished, grid = 0, None, None, ""
+    for event in stream:
+        match event:
+            case events.Planned():
+                yield from plan_lines(event)
+            case events.Warned(message=message):
+                yield f"Warning: {message}"
+            case events.Resumed(step=step):
+                started = step
+                yield f"Going on after step {step}."
+            case events.Stepped():
+                if bar is None:
+                    interval = 0.2 if sys.stderr.isatty() else 30.0
+                    bar = tqdm(total=event.steps, initial=started, unit="step", mininterval=interval, dynamic_ncols=True, desc="Training")
+                smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
+                figures = f"loss {smooth:.4f}, rate {event.rate:.1e}, norm drift {event.embedding_norm_drift:.1%}, alpha {event.alpha:.2f}"
+                bar.set_postfix_str(figures, refresh=False)
+                bar.update()
+            case events.Previewed(path=path):
+                grid = path
+            case events.Stopped(step=step):
+                finished = f"Stopped after step {step}; all is saved. Go on with: sdlora resume {shown(run.folder)}"
+            case events.Finished(path=path):
+                prompt = run.config.preview.prompts[0].split(" --")[0] if run.config.preview.prompts else "your prompt"
+                pictures = f"Before and after: {shown(Path(grid))}   " if grid else ""
+                again = f'sdlora generate "{prompt}" --base {run.config.model.base} --lora {shown(Path(path))}'
+                finished = f"{pictures}LoRA: {shown(Path(path))}   Next: {again}"
+    if bar is not None:
+        bar.close()
+    if finished:
+        yield finished
+
+
+def plan_lines(plan: events.Planned) -> Iterator[str]:
+    repeats = f" x {plan.repeats} repeats" if plan.repeats > 1 else ""
+    yield f"Base model   {plan.base} on {plan.device}"
+    yield f"Pictures     {plan.images}{repeats} in buckets {', '.join(f'{size} ({n})' for size, n in sorted(plan.buckets.items()))}"
+    yield f"Steps        {plan.steps} of {plan.batch_size} pictures; {plan.steps_per_epoch} an epoch, {plan.epochs:g} epochs"
+    layers = ", ".join(f"{n} of {part.replace('_', ' ')}" for part, n in plan.layers.items())
+    yield f"Adapters     {layers}; {plan.trainable_parameters:,} parameters"
+    yield f"Memory       about {plan.memory_bytes / 2**30:.1f} GiB at the peak"
+
+
+def shown(path: Path) -> Path:
+    """Relative to where the user stands, where that is shorter."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+# ---------------------------------------------------------------- processes
+
+
+@contextmanager
+def stop_on_signals(run: runs.Run) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the run to stop after its step; the second ends the process at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if run.asked_to_stop():
+            os._exit(128 + number)
+        run.ask_to_stop()
+        print("\nStopping after this step; once more to quit at once.", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of libraries would tear our own bar; what matters comes as an error or an event."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Stable Diffusion 1.x, and the miniature that is built like it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sdlora.diffusion.schedule import NoiseSchedule
+from sdlora.errors import WeightsError
+from sdlora.models.family import Family, Model, PicturePrompt
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
+    """Load a folder in diffusers' layout, offline. Text encoder and UNet in `dtype`, the VAE in fp32: SD 1.x's overflows in fp16
+    and loses tones in bf16. Raises WeightsError."""
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise WeightsError(f"model.base: {folder} is not a Stable Diffusion folder in diffusers' layout: it has no {', '.join(missing)}.")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True, dtype=dtype)
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, torch_dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, torch_dtype=torch.float32)
+        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(f"model.base: cannot load {folder}: {reason}") from error
+    if unet.config.in_channels != 4:
+        raise WeightsError(
+            f"model.base: {folder} is an inpainting or other special UNet ({unet.config.in_channels} input channels, not 4)."
+        )
+    for module in (text_encoder, unet, vae):
+        module.requires_grad_(False).eval().to(device)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return Model(
+        parts={"unet": unet, "text_encoder": text_encoder},
+        vae=vae,
+        tokenizer=tokenizer,
+        noise_schedule=NoiseSchedule(scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type),
+        scheduler_config={**scheduler.config, "clip_sample": False},  # a pixel-space habit that pipelines warn of
+        size_multiple=factor * 2 ** (len(unet.config.block_out_channels) - 1),
+        fingerprint=weights_fingerprint(vae),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def weights_fingerprint(module: nn.Module) -> str:
+    """sha256 over names and bytes of all weights."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def arithmetic(model: Model) -> AbstractContextManager[Any]:
+    """Mixed precision of the forward pass; a no-op in fp32."""
+    return torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
+
+
+def encode_prompts(model: Model, prompts: Sequence[str]) -> Tensor:
+    tokens = model.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with arithmetic(model):
+        return cast(Tensor, model.parts["text_encoder"](tokens.to(model.device)).last_hidden_state.float())
+
+
+@torch.no_grad()
+def encode_images(model: Model, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    posterior = model.vae.encode(pixels.to(model.device)).latent_dist
+    scale = model.vae.config.scaling_factor
+    return posterior.mean * scale, posterior.std * scale
+
+
+def predict(model: Model, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+    with arithmetic(model):
+        return cast(Tensor, model.parts["unet"](noisy_latents, timesteps, prompt_embeds).sample)
+
+
+@torch.no_grad()
+def generate(model: Model, prompt: PicturePrompt) -> Image.Image:
+    """DPM-Solver++ 2M (Lu et al. 2022), the WebUIs' usual sampler; latents are drawn on the CPU, so a seed means one picture everywhere."""
+    pipeline = StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.parts["text_encoder"],
+        tokenizer=model.tokenizer,
+        unet=model.parts["unet"],
+        scheduler=DPMSolverMultistepScheduler.from_config(model.scheduler_config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    unet = cast(UNet2DConditionModel, model.parts["unet"])
+    own = unet.config.sample_size * pipeline.vae_scale_factor
+    with arithmetic(model):
+        prompt_embeds, negative_embeds = encode_prompts(model, [prompt.text, prompt.negative]).to(unet.dtype).chunk(2)
+        latents = pipeline(
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_embeds,
+            width=prompt.width or own,
+            height=prompt.height or own,
+            num_inference_steps=prompt.steps,
+            guidance_scale=prompt.guidance,
+            generator=torch.Generator().manual_seed(prompt.seed),
+            output_type="latent",
+        ).images
+    decoded = model.vae.decode(latents.float() / model.vae.config.scaling_factor).sample
+    pixels = ((decoded[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu()
+    return Image.fromarray(pixels.numpy())
+
+
+def metadata(model: Model) -> dict[str, str]:
+    return {
+        "ss_v2": "False",
+        "ss_base_model_version": "sd_v1",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.prediction_type": "v" if model.noise_schedule.prediction_type == "v_prediction" else "epsilon",
+    }
+
+
+SD = Family("sd", load, encode_prompts, encode_images, predict, generate, metadata)

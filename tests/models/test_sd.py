@@ -1,0 +1,114 @@
+"""Stable Diffusion 1.x: what loads, what is refused, and that encoding and drawing agree with diffusers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageChops
+from tiny import build_model
+
+from sdlora.errors import WeightsError
+from sdlora.models import families, memory
+from sdlora.models.family import PicturePrompt
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_tiny_is_tiny(tiny: Path) -> None:
+    assert sum(p.stat().st_size for p in tiny.rglob("*.safetensors")) < 1_000_000
+
+
+def test_prompts_and_pictures_agree_with_diffusers(tiny: Path) -> None:
+    family, model = families.load(str(tiny), torch.float32, CPU)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    theirs, _ = pipeline.encode_prompt(["a cat", ""], CPU, 1, False)
+    torch.testing.assert_close(family.encode_prompts(model, ["a cat", ""]), theirs)
+    drawn = family.generate(model, PicturePrompt("a cat", "dog", seed=3, steps=4, guidance=5.0))
+    picture = pipeline(
+        "a cat", negative_prompt="dog", num_inference_steps=4, guidance_scale=5.0, generator=torch.Generator().manual_seed(3)
+    ).images[0]
+    assert drawn.size == (32, 32)
+    assert max(high for _, high in ImageChops.difference(drawn, picture).getextrema()) <= 1
+    wide = family.generate(model, PicturePrompt("a", width=64, height=32, steps=1))
+    assert wide.size == (64, 32)
+
+
+def test_latents_have_the_models_scale(tiny: Path) -> None:
+    family, model = families.load(str(tiny), torch.float32, CPU)
+    pixels = torch.rand(2, 3, 32, 48) * 2 - 1
+    mean, std = family.encode_images(model, pixels)
+    assert mean.shape == std.shape == (2, 4, 16, 24)
+    posterior = model.vae.encode(pixels).latent_dist
+    torch.testing.assert_close(mean, posterior.mean * model.vae.config.scaling_factor)
+    torch.testing.assert_close(std, posterior.std * model.vae.config.scaling_factor)
+
+
+def test_fingerprint_follows_the_vaes_weights(tiny: Path) -> None:
+    from sdlora.models.sd import weights_fingerprint
+
+    _, model = families.load(str(tiny), torch.float32, CPU)
+    before = weights_fingerprint(model.vae)
+    assert before == model.fingerprint
+    with torch.no_grad():
+        next(model.vae.parameters()).view(-1)[0] += 1e-3
+    assert weights_fingerprint(model.vae) != before
+
+
+def test_prediction_type_comes_from_the_scheduler(tmp_path: Path) -> None:
+    _, model = families.load(str(build_model(tmp_path / "v", "v_prediction")), torch.float32, CPU)
+    assert model.noise_schedule.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no unet", "has no unet"),
+        ("no index", "no model_index.json"),
+        ("other class", "is for FluxPipeline"),
+        ("broken index", "damaged"),
+        ("no weights", "cannot load"),
+        ("inpainting", "inpainting"),
+    ],
+)
+def test_wrong_folders_get_one_sentence(tiny: Path, tmp_path: Path, damage: str, message: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    index = folder / "model_index.json"
+    if damage == "no unet":
+        shutil.rmtree(folder / "unet")
+    elif damage == "no index":
+        index.unlink()
+    elif damage == "other class":
+        index.write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    elif damage == "broken index":
+        index.write_text("{")
+    elif damage == "no weights":
+        next((folder / "unet").glob("*.safetensors")).unlink()
+    else:
+        config = UNet2DConditionModel.load_config(folder / "unet") | {"in_channels": 9}
+        UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    with pytest.raises(WeightsError) as error:
+        families.load(str(folder), torch.float32, CPU)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_saved_bytes_counts_what_autograd_keeps() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU(), torch.nn.Linear(20, 5))
+    x = torch.empty(3, 10, device="meta")
+    # kept: the input (for the first weight's gradient) and ReLU's result, which serves ReLU and the second Linear
+    assert memory.saved_bytes(layer, lambda shadow: shadow(x)) == 4 * (3 * 10 + 3 * 20)
+    assert memory.weight_bytes(layer) == 4 * (10 * 20 + 20 + 20 * 5 + 5)
+
+
+def test_pictures_are_rgb(tiny: Path) -> None:
+    family, model = families.load(str(tiny), torch.float32, CPU)
+    assert isinstance(drawn := family.generate(model, PicturePrompt("a", steps=1)), Image.Image) and drawn.mode == "RGB"

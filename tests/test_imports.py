@@ -1,0 +1,64 @@
+"""Imports point one way only, and what must start fast loads no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sdlora"
+# A module may import from its own layer's folder and from the layers before it.
+LAYERS = [
+    {"errors", "config", "events", "__init__"},
+    {"run"},
+    {"diffusion", "lora", "data"},
+    {"models", "optim"},
+    {"checkpoint", "preview", "analysis"},
+    {"train"},
+    {"cli"},
+    {"__main__"},
+]
+APART = {"diffusion", "lora", "data"}  # none imports another
+# The embedded model stands beside the layers: it is made with the libraries alone and measured through the whole program.
+BESIDE = "mini"
+
+
+def imported(path: Path) -> set[str]:
+    """First names below sdlora that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("sdlora.")}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sdlora":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names if not a.name.startswith("__")}
+    return found
+
+
+def layer_of(name: str) -> int:
+    return next(number for number, layer in enumerate(LAYERS) if name in layer)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == BESIDE:
+        return
+    for name in imported(path) - {own}:
+        if name == BESIDE:
+            assert own == "models", "only models asks where the embedded weights lie"
+            continue
+        assert layer_of(name) <= layer_of(own), f"{own} must not import {name}"
+        assert not (own in APART and name in APART), f"{own} and {name} stand apart"
+
+
+@pytest.mark.parametrize("module", ["sdlora.cli", "sdlora.config", "sdlora.events", "sdlora.run", "sdlora.errors"])
+def test_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(bool({{'torch', 'diffusers', 'transformers', 'numpy'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_file_says_what_it_is_for() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
