@@ -43,6 +43,7 @@ PLACE_REACH = 8.0  # px from a nominal place
 
 COARSE_SIDES = (11, 13, 15, 18, 21, 24)  # in half resolution: the world's sizes, what lies between, and larger ones
 SHORTLIST = 10  # templates that are fitted at full resolution
+SAME_KIND = 2  # of those, how many may be of one kind
 JUDGED = 8  # of those, how many are judged
 PAD = 4  # px of background around the picture, so that a thing may touch the border
 
@@ -262,7 +263,13 @@ def _fits(field: Field, templates: tuple[Template, ...]) -> list[Fit]:
         best_gain[better] = gain[better]
         columns = windows.shape[1]
         best_at[better] = np.stack([np.full(len(at), side), x.start + at % columns, y.start + at // columns], 1)[better]
-    starts = ((templates[i], *(2 * int(v) for v in best_at[i])) for i in np.argsort(-best_gain)[:SHORTLIST])
+    ranked: list[int] = []
+    for i in map(int, np.argsort(-best_gain)):  # not one shape in all its colours: the best match needs rivals of other kinds
+        if sum(templates[i].kind == templates[j].kind for j in ranked) < SAME_KIND:
+            ranked.append(i)
+        if len(ranked) == SHORTLIST:
+            break
+    starts = ((templates[i], *(2 * int(v) for v in best_at[i])) for i in ranked)
     shortlist = [_fit(template, side, left, top, field) for template, side, left, top in starts]
     shortlist.sort(key=lambda fit: -fit.gain)
     return [_judged(fit, field) for fit in shortlist[:JUDGED]]
