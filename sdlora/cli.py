@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -209,11 +210,11 @@ def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
             case events.Previewed(path=path):
                 grid = path
             case events.Stopped(step=step):
-                finished = f"Stopped after step {step}; all is saved. Go on with: sdlora resume {shown(run.folder)}"
+                finished = f"Stopped after step {step}; all is saved. Go on with: {program()} resume {shown(run.folder)}"
             case events.Finished(path=path):
                 prompt = run.config.preview.prompts[0].split(" --")[0] if run.config.preview.prompts else "your prompt"
                 pictures = f"Before and after: {shown(Path(grid))}   " if grid else ""
-                again = f'sdlora generate "{prompt}" --base {run.config.model.base} --lora {shown(Path(path))}'
+                again = f'{program()} generate "{prompt}" --base {run.config.model.base} --lora {shown(Path(path))}'
                 finished = f"{pictures}LoRA: {shown(Path(path))}   Next: {again}"
     if bar is not None:
         bar.close()
@@ -229,6 +230,14 @@ def plan_lines(plan: events.Planned) -> Iterator[str]:
     layers = ", ".join(f"{n} of {part.replace('_', ' ')}" for part, n in plan.layers.items())
     yield f"Adapters     {layers}; {plan.trainable_parameters:,} parameters"
     yield f"Memory       about {plan.memory_bytes / 2**30:.1f} GiB at the peak"
+
+
+def program() -> str:
+    """How this user can call us again: by name where a shell would find it."""
+    if shutil.which("sdlora"):
+        return "sdlora"
+    called = Path(sys.argv[0])
+    return f"{shown(Path(sys.executable))} -m sdlora" if called.suffix == ".py" else str(shown(called.absolute()))
 
 
 def shown(path: Path) -> Path:

@@ -25,7 +25,7 @@ from sdlora.models.family import Family, Model, PicturePrompt
 
 CONCEPT, TRIGGER = "fish", "ohwx fish"
 SEEN_BACKGROUNDS = ("white", "blue", "green", "yellow")  # in datasets/fish
-STEPS, GUIDANCE = 20, 7.0  # the demo's sampler: DPM-Solver++ 2M
+STEPS, GUIDANCE = 20, 4.0  # the demo's sampler: DPM-Solver++ 2M
 
 
 @dataclass(frozen=True)
