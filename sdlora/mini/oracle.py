@@ -269,8 +269,10 @@ def _fits(field: Field, templates: tuple[Template, ...]) -> list[Fit]:
             ranked.append(i)
         if len(ranked) == SHORTLIST:
             break
-    starts = ((templates[i], *(2 * int(v) for v in best_at[i])) for i in ranked)
-    shortlist = [_fit(template, side, left, top, field) for template, side, left, top in starts]
+    shortlist = []
+    for i in ranked:
+        side, left, top = (2 * int(v) for v in best_at[i])
+        shortlist.append(_fit(templates[i], side, left, top, field))
     shortlist.sort(key=lambda fit: -fit.gain)
     return [_judged(fit, field) for fit in shortlist[:JUDGED]]
 
