@@ -327,13 +327,14 @@ def latents_and_captions(options: Options, vae: AutoencoderKL) -> tuple[Tensor, 
     path = options.work / f"latents-{options.pictures}.pt"
     if not path.exists() and rank() == 0:
         rng, latents, captions = Random(options.seed + 1), [], []
-        torch.set_num_threads(2)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(world_size() * threads)  # the other processes wait meanwhile
         for start in range(0, options.pictures, 64):
             scenes = [training_scene(rng) for _ in range(min(64, options.pictures - start))]
             pixels = as_tensor([world.render(s, rng) for s in scenes])
             latents.append((vae.encode(pixels).latent_dist.mean * LATENT_SCALE).half())
             captions += [s.caption for s in scenes]
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         torch.save({"latents": torch.cat(latents), "captions": captions}, path)
     if dist.is_initialized():
         dist.barrier()
