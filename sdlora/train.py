@@ -76,7 +76,7 @@ def train(run: Run) -> Iterator[events.Event]:
         weight_decay=config.optimizer.weight_decay,
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    yield describe(config, family, model, items, plan, layers)
+    yield describe(config, model, items, plan, layers)
     for path, reason in skipped:
         yield events.Warned(f"Skipped {path.name}: {reason}")
 
@@ -100,7 +100,8 @@ def train(run: Run) -> Iterator[events.Event]:
         set_rates(optimizer, rate_factor(config.optimizer.schedule, step, config.train.steps, config.optimizer.warmup_steps))
         losses, drifts, first = [], [], 0
         for part in range(config.train.accumulation):
-            chosen = [items[index] for index in plan.batch(step * config.train.accumulation + part)]
+            indices = plan.batch(step * config.train.accumulation + part)
+            chosen = [items[index] for index in indices]
             seeds = [sample_seed(config.train.seed, step, first + k, "noise") for k in range(len(chosen))]
             captions = [
                 caption_of(item, config, sample_seed(config.train.seed, step, first + k, "caption")) for k, item in enumerate(chosen)
@@ -109,9 +110,7 @@ def train(run: Run) -> Iterator[events.Event]:
                 [sample_seed(config.train.seed, step, first + k, "timestep") for k in range(len(chosen))], first, samples
             )
             timesteps = timesteps.to(model.device)
-            clean, noise = latents_and_noise(
-                [latents[key_of(item, model)] for item in chosen], seeds, config.loss.noise_offset, model.device
-            )
+            clean, noise = latents_and_noise([latents[index] for index in indices], seeds, config.loss.noise_offset, model.device)
 
             if trains_text:
                 prompt_embeds = family.encode_prompts(model, captions)
@@ -208,10 +207,10 @@ def key_of(item: Item, model: Model) -> str:
     return fingerprint(images.PIXELS_VERSION, item.example.digest, item.placed.resized, item.placed.crop, item.mirrored, model.fingerprint)
 
 
-def cached_latents(path: Path, family: Family, model: Model, items: Sequence[Item]) -> dict[str, tuple[Tensor, Tensor]]:
+def cached_latents(path: Path, family: Family, model: Model, items: Sequence[Item]) -> list[tuple[Tensor, Tensor]]:
     """Posterior mean and deviation (C, h, w) of each item, on the CPU; what is missing is encoded and written to `path`."""
     cache = TensorCache(path)
-    latents = {}
+    latents = []
     for item in items:
         key = key_of(item, model)
         entry = cache.get(key)
@@ -222,7 +221,7 @@ def cached_latents(path: Path, family: Family, model: Model, items: Sequence[Ite
             mean, std = family.encode_images(model, images.to_tensor(picture)[None])
             entry = {"mean": mean[0].cpu(), "std": std[0].cpu()}
             cache.put(key, entry)
-        latents[key] = (entry["mean"], entry["std"])
+        latents.append((entry["mean"], entry["std"]))
     cache.save()
     return latents
 
@@ -286,9 +285,7 @@ def base_embeds(family: Family, model: Model, layers: Sequence[LoraLayer], capti
 # ---------------------------------------------------------------- plan, checkpoints, previews, export
 
 
-def describe(
-    config: Config, family: Family, model: Model, items: Sequence[Item], plan: BatchPlan, layers: dict[str, LoraLayer]
-) -> events.Planned:
+def describe(config: Config, model: Model, items: Sequence[Item], plan: BatchPlan, layers: dict[str, LoraLayer]) -> events.Planned:
     buckets: dict[str, int] = {}
     for item in items:
         width, height = item.placed.bucket
@@ -305,13 +302,13 @@ def describe(
         batch_size=config.train.batch_size * config.train.accumulation,
         layers={part: sum(name.startswith(f"{part}.") for name in layers) for part in model.parts},
         trainable_parameters=trainable,
-        memory_bytes=estimate_memory(config, family, model, trainable, largest),
+        memory_bytes=estimate_memory(config, model, trainable, largest),
         device=str(model.device),
         base=config.model.base,
     )
 
 
-def estimate_memory(config: Config, family: Family, model: Model, trainable: int, bucket: tuple[int, int]) -> int:
+def estimate_memory(config: Config, model: Model, trainable: int, bucket: tuple[int, int]) -> int:
     """Peak bytes of a step: weights, adapters with gradient and two Adam moments (fp32), saved activations; on a CPU also the
     process as it stands, which holds the weights already."""
     batch = config.train.batch_size
