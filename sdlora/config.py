@@ -61,12 +61,22 @@ class DataOptions(Section):
 
 class LoraOptions(Section):
     rank: int = Field(16, ge=1, le=1024, description="Rank of each layer's update.")
-    alpha: float = Field(16.0, gt=0, le=4096, description="Starting alpha: the update is scaled by alpha / rank.")
+    alpha: float = Field(16.0, gt=0, le=4096, description="Starting alpha: the update is scaled by alpha / rank, or as `scaling` says.")
+    scaling: Literal["standard", "rank_stabilised"] = Field(
+        "standard", description="Scale of the update: 'standard' is alpha / rank, 'rank_stabilised' is alpha / sqrt(rank)."
+    )
     learned_alpha: bool = Field(True, description="Train alpha, one number a layer; the exported file carries what was learned.")
-    init: Literal["kaiming", "gaussian", "orthonormal", "pissa"] = Field(
+    alpha_floor: float | None = Field(
+        None, ge=0, le=4096, description="Learned alphas stay at or above this; unset: an alpha may cross zero and turn a layer round."
+    )
+    alpha_from: Path | None = Field(
+        None, description="An earlier LoRA file: each layer's alpha starts from what that run learned, matched by name."
+    )
+    init: Literal["kaiming", "gaussian", "orthonormal", "orthogonal", "down_zero", "pissa", "milora", "olora"] = Field(
         "kaiming",
-        description="Start of the matrices: 'kaiming' and 'gaussian' draw down at random; 'orthonormal' freezes down at singular values 1; "
-        "'pissa' starts from the base weight's largest singular vectors.",
+        description="Start of the matrices. Random down and zero up: 'kaiming', 'gaussian'; random up and zero down: 'down_zero'; "
+        "down frozen at singular values 1: 'orthonormal'; both random, their product zero: 'orthogonal'; from the base weight's largest "
+        "or smallest singular vectors, 'pissa' and 'milora', or from its QR decomposition, 'olora'.",
     )
     unet: tuple[TargetGroup, ...] = Field(
         ("attention", "feed_forward", "projection"), description="UNet layers that are adapted; empty for none."
@@ -100,6 +110,31 @@ class LossOptions(Section):
     embedding_norm: float = Field(
         0.1, ge=0, description="Weight of the term that keeps text-embedding norms near the base model's; drift is logged even at 0."
     )
+    embedding_norm_distance: Literal["squared", "absolute", "huber"] = Field(
+        "squared", description="How the deviation of a token's norm counts; 'huber' is squared up to 10 % and grows evenly beyond."
+    )
+    embedding_norm_order: Literal[1, 2] = Field(2, description="Which norm: 1, the sum of absolute values, or 2, the length.")
+    embedding_norm_relative: bool = Field(
+        True, description="Deviation as a share of the base norm, so that one weight serves every model; false: in the norm's own unit."
+    )
+    pinned_prompts: tuple[str, ...] = Field(
+        (), description="Prompts that the LoRA must leave as they are: your subject's class without the trigger word, and common things."
+    )
+    pinned_embedding: float = Field(
+        0.0, ge=0, description="Weight of the term that holds the whole text embeddings of two pinned prompts a step near the base model's."
+    )
+    prior: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the base-model prior: for pinned prompts the model must predict what it predicts without the LoRA.",
+    )
+    prior_samples: PositiveInt = Field(1, description="Samples of the base-model prior a batch; each costs a picture's time and a half.")
+
+    @model_validator(mode="after")
+    def _pinning_needs_prompts(self) -> Self:
+        if (self.prior or self.pinned_embedding) and not self.pinned_prompts:
+            raise ValueError("loss.prior and loss.pinned_embedding need prompts to hold: set loss.pinned_prompts")
+        return self
 
 
 class TrainOptions(Section):

@@ -24,11 +24,11 @@ from sdlora.data.buckets import Placed, place
 from sdlora.data.cache import TensorCache, fingerprint
 from sdlora.data.captions import choose_caption
 from sdlora.data.dataset import Example, find_examples
-from sdlora.diffusion.losses import denoising_loss, min_snr_weight
+from sdlora.diffusion.losses import denoising_loss, min_snr_weight, sample_errors
 from sdlora.diffusion.timesteps import stratified
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.lora import formats
-from sdlora.lora.embedding_norm import BaseNorms, embedding_norms, norm_drift, norm_loss
+from sdlora.lora.embedding_norm import BaseNorms, embedding_norms, norm_drift, norm_loss, pinned_loss
 from sdlora.lora.layers import LoraLayer, disabled
 from sdlora.lora.metadata import kohya_metadata
 from sdlora.lora.targets import find_targets, inject, seeded_generator
@@ -65,7 +65,7 @@ def train(run: Run) -> Iterator[events.Event]:
     for prompt in prompts:
         preview.check_size(prompt, model.size_multiple)
     check_step(config, model)
-    layers, rates = adapt(model, config)
+    layers, rates, unmatched = adapt(model, config)
     trained = list(layers.values())
     optimizer = make_optimizer(
         layers,
@@ -79,11 +79,23 @@ def train(run: Run) -> Iterator[events.Event]:
     yield describe(config, model, items, plan, layers)
     for path, reason in skipped:
         yield events.Warned(f"Skipped {path.name}: {reason}")
+    if unmatched:
+        yield events.Warned(
+            f"lora.alpha_from has no alpha for {len(unmatched)} of {len(layers)} layers, "
+            f"which start at lora.alpha: {', '.join(unmatched[:3])}."
+        )
 
     latents = cached_latents(run.cache, family, model, items)
     trains_text = any(name.startswith("text_encoder") for name in layers)
-    base_norms = BaseNorms(lambda captions: base_embeds(family, model, trained, captions))
+    base_norms = BaseNorms(lambda captions: base_embeds(family, model, trained, captions), config.loss.embedding_norm_order)
     frozen_embeds: dict[str, Tensor] = {}
+
+    def of_base(prompts: Sequence[str]) -> Tensor:
+        """Embeddings (B, T, D) of the untrained encoder, computed once a prompt."""
+        missing = [c for c in dict.fromkeys(prompts) if c not in frozen_embeds]
+        if missing:
+            frozen_embeds.update(zip(missing, base_embeds(family, model, trained, missing), strict=True))
+        return torch.stack([frozen_embeds[c] for c in prompts])
 
     step = restore(run, layers, optimizer)
     if step:
@@ -114,13 +126,10 @@ def train(run: Run) -> Iterator[events.Event]:
 
             if trains_text:
                 prompt_embeds = family.encode_prompts(model, captions)
-                norms, wanted = embedding_norms(prompt_embeds), base_norms(captions)
+                norms, wanted = embedding_norms(prompt_embeds, config.loss.embedding_norm_order), base_norms(captions)
                 drifts.append(float(norm_drift(norms.detach(), wanted)))
             else:
-                missing = [c for c in dict.fromkeys(captions) if c not in frozen_embeds]
-                if missing:
-                    frozen_embeds.update(zip(missing, base_embeds(family, model, trained, missing), strict=True))
-                prompt_embeds = torch.stack([frozen_embeds[c] for c in captions])
+                prompt_embeds = of_base(captions)
                 drifts.append(0.0)
 
             predicted = family.predict(model, schedule.add_noise(clean, noise, timesteps), timesteps, prompt_embeds)
@@ -128,7 +137,26 @@ def train(run: Run) -> Iterator[events.Event]:
             loss = denoising_loss(predicted, schedule.target(clean, noise, timesteps), weight)
             losses.append(float(loss.detach()))
             if trains_text and config.loss.embedding_norm:
-                loss = loss + config.loss.embedding_norm * norm_loss(norms, wanted)
+                term = norm_loss(norms, wanted, config.loss.embedding_norm_distance, config.loss.embedding_norm_relative)
+                loss = loss + config.loss.embedding_norm * term
+            batch = step * config.train.accumulation + part
+            if trains_text and config.loss.pinned_embedding:
+                pinned = pinned_prompts(config, batch, "pinned", PINNED_A_BATCH)
+                term = pinned_loss(family.encode_prompts(model, pinned), of_base(pinned))
+                loss = loss + config.loss.pinned_embedding * term
+            if config.loss.prior:
+                pinned = pinned_prompts(config, batch, "prior", config.loss.prior_samples)
+                embeds = family.encode_prompts(model, pinned) if trains_text else of_base(pinned)
+                prior_seeds = [sample_seed(config.train.seed, batch, k, "prior noise") for k in range(len(pinned))]
+                at = stratified([sample_seed(config.train.seed, batch, k, "prior timestep") for k in range(len(pinned))], 0, len(pinned))
+                at = at.to(model.device)
+                shown = [latents[indices[k % len(indices)]] for k in range(len(pinned))]
+                noisy = schedule.add_noise(*latents_and_noise(shown, prior_seeds, 0.0, model.device), at)
+                with torch.no_grad(), disabled(trained):
+                    wanted_noise = family.predict(model, noisy, at, of_base(pinned))
+                error = sample_errors(family.predict(model, noisy, at, embeds), wanted_noise)
+                weight = min_snr_weight(schedule.snr(at), config.loss.min_snr_gamma, schedule.prediction_type)
+                loss = loss + config.loss.prior * (weight * error).mean()
             (loss / config.train.accumulation).backward()
             first += len(chosen)
 
@@ -139,6 +167,9 @@ def train(run: Run) -> Iterator[events.Event]:
             )
         optimizer.step()
         optimizer.zero_grad()
+        if config.lora.alpha_floor is not None:
+            for layer in trained:
+                layer.alpha.data.clamp_(min=config.lora.alpha_floor)
         step += 1
         yield events.Stepped(
             step,
@@ -233,6 +264,14 @@ def caption_of(item: Item, config: Config, seed: int) -> str:
     )
 
 
+PINNED_A_BATCH = 2  # bounds what the term costs: two short runs of the text encoder
+
+
+def pinned_prompts(config: Config, batch: int, purpose: str, count: int) -> list[str]:
+    """Which pinned prompts batch number `batch` holds: drawn anew each time, a function of (seed, batch, purpose)."""
+    return Random(sample_seed(config.train.seed, batch, 0, purpose)).choices(config.loss.pinned_prompts, k=count)
+
+
 def latents_and_noise(
     posteriors: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int], noise_offset: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -250,8 +289,11 @@ def latents_and_noise(
 # ---------------------------------------------------------------- adapters
 
 
-def adapt(model: Model, config: Config) -> tuple[dict[str, LoraLayer], dict[str, float]]:
-    """Put adapters into the model; layers whose rate is 0 are left as they are. Returns layers and peak rates by name."""
+def adapt(model: Model, config: Config) -> tuple[dict[str, LoraLayer], dict[str, float], list[str]]:
+    """Put adapters into the model; layers whose rate is 0 are left as they are.
+
+    Returns layers and peak rates by name, and the names that `lora.alpha_from` has no alpha for.
+    """
     targets = {part: find_targets(part, module, getattr(config.lora, part)) for part, module in model.parts.items()}
     names = [name for found in targets.values() for name in found]
     if not names:
@@ -261,10 +303,18 @@ def adapt(model: Model, config: Config) -> tuple[dict[str, LoraLayer], dict[str,
     rates = {name: r for name, r in layer_rates(names, part_rates, config.optimizer.layer_rates).items() if r > 0}
     if not rates:
         raise ConfigError("optimizer: every layer's rate is 0, so there is nothing to train.")
+    known = formats.read_alphas(config.lora.alpha_from) if config.lora.alpha_from else {}
+    alphas = {name: known.get(formats.webui_name(name), config.lora.alpha) for name in rates}
+    unmatched = [name for name in rates if formats.webui_name(name) not in known] if known else []
+    if len(unmatched) == len(rates):
+        raise ConfigError(f"lora.alpha_from: {config.lora.alpha_from} has none of the layers that are adapted here.")
+    dead = [name for name, alpha in alphas.items() if alpha == 0]
+    if dead:
+        raise ConfigError(f"lora.alpha_from: {config.lora.alpha_from} has alpha 0 for {dead[0]}, from which nothing can be learned.")
 
     def make(name: str, base: Any) -> LoraLayer:
         options, generator = config.lora, seeded_generator(config.train.seed, name)
-        return LoraLayer(base, options.rank, options.alpha, options.init, options.learned_alpha, generator)
+        return LoraLayer(base, options.rank, alphas[name], options.init, options.learned_alpha, generator, options.scaling)
 
     layers: dict[str, LoraLayer] = {}
     for part, module in model.parts.items():
@@ -274,7 +324,7 @@ def adapt(model: Model, config: Config) -> tuple[dict[str, LoraLayer], dict[str,
             # transformers and diffusers checkpoint in training mode only; the models have no dropout that this would switch on
             module.train()
             getattr(module, "enable_gradient_checkpointing", getattr(module, "gradient_checkpointing_enable", None))()  # type: ignore[misc]
-    return layers, rates
+    return layers, rates, unmatched
 
 
 def base_embeds(family: Family, model: Model, layers: Sequence[LoraLayer], captions: Sequence[str]) -> Tensor:

@@ -147,12 +147,100 @@ def test_embedding_norm_loss_keeps_norms(make: Any) -> None:
     assert kept < free / 3
 
 
+PINS = '["a dog", "a big cat"]'
+
+
+def change_of_prediction(of: run.Run, tiny: Path, prompt: str) -> float:
+    """How far a run's exported file moves the noise prediction for a prompt: relative root mean square."""
+    noisy, timesteps = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([50, 300, 600, 900])
+    predicted = []
+    for merged in (False, True):
+        family, model = families.load(str(tiny), torch.float32, torch.device("cpu"))
+        if merged:
+            formats.merge(model.parts, formats.load(of.export)[0])
+        with torch.no_grad():
+            predicted.append(family.predict(model, noisy, timesteps, family.encode_prompts(model, [prompt] * 4)))
+    return float((predicted[1] - predicted[0]).norm() / predicted[0].norm())
+
+
+def test_the_prior_holds_the_noise_prediction_of_pinned_prompts(make: Any, tiny: Path) -> None:
+    def change(prior: float) -> float:
+        of = make(steps=40, prior=prior, prior_samples=2, pinned_prompts=PINS, schedule="constant", embedding_norm=0)
+        list(train(of))
+        return change_of_prediction(of, tiny, "a dog")
+
+    assert change(20) < 0.7 * change(0)
+
+
+def test_pinned_embeddings_stay_near_the_base(make: Any, tiny: Path) -> None:
+    def moved(weight: float) -> float:
+        of = make(steps=40, pinned_embedding=weight, pinned_prompts=PINS, text_encoder_rate=0.02, embedding_norm=0, schedule="constant")
+        list(train(of))
+        embeds = []
+        for merged in (False, True):
+            family, model = families.load(str(tiny), torch.float32, torch.device("cpu"))
+            if merged:
+                formats.merge(model.parts, formats.load(of.export)[0])
+            with torch.no_grad():
+                embeds.append(family.encode_prompts(model, ["a dog"]))
+        return float((embeds[1] - embeds[0]).norm() / embeds[0].norm())
+
+    assert moved(100) < moved(0) / 3
+
+
+def test_pinning_resumes_in_the_same_bits(make: Any) -> None:
+    options = {"prior": 1, "pinned_embedding": 1, "pinned_prompts": PINS, "accumulation": 2, "scaling": "rank_stabilised"}
+    straight, broken = make(**options), make(**options)
+    whole = losses(train(straight))
+    stream = train(broken)
+    first = losses(takewhile(lambda e: not (isinstance(e, events.Saved) and e.step == 4), stream))
+    stream.close()
+    assert first + losses(train(broken)) == whole
+    one, other = load_file(straight.export), load_file(broken.export)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_pinning_without_prompts_is_refused(make: Any) -> None:
+    with pytest.raises(ConfigError, match="pinned_prompts"):
+        make(prior=1)
+
+
+def test_alphas_start_from_an_earlier_file(make: Any, tmp_path: Path) -> None:
+    earlier = make(learned_alpha="true", alpha_rate=0.2, layer_rates='{"*attn1*" = 0}')
+    list(train(earlier))
+    learned = formats.read_alphas(earlier.export)
+    assert len(set(learned.values())) > 10
+    later = make(alpha_from=earlier.export, learned_alpha="false")
+    told = list(train(later))
+    (warned,) = [e.message for e in told if isinstance(e, events.Warned)]
+    assert "8 of" in warned or "attn1" in warned
+    started = formats.read_alphas(later.export)
+    assert all(started[name] == pytest.approx(alpha, abs=1e-5) for name, alpha in learned.items())
+    assert {alpha for name, alpha in started.items() if "attn1" in name} == {4.0}
+    with pytest.raises(WeightsError, match="no file"):
+        list(train(make(alpha_from=tmp_path / "missing.safetensors")))
+
+
+def test_alphas_of_a_foreign_file_are_those_of_its_layers(tmp_path: Path) -> None:
+    from sdlora.lora.layers import Factors
+
+    path = tmp_path / "foreign.safetensors"
+    formats.save(path, {"unet.a.to_q": Factors(torch.ones(2, 3), torch.ones(4, 2), 8.0)}, 8.0, {})
+    assert formats.read_alphas(path) == {"lora_unet_a_to_q": 8.0}
+
+
+def test_alphas_stay_above_their_floor(make: Any) -> None:
+    of = make(alpha_rate=1.0, alpha_floor=3.9, steps=12)
+    list(train(of))
+    assert min(formats.read_alphas(of.export).values()) == pytest.approx(3.9)
+
+
 @pytest.mark.parametrize("init", INITS)
 def test_export_gives_the_noise_prediction_of_training_in_diffusers(make: Any, tiny: Path, init: str) -> None:
     of = make(**{"lora.init": init, "lora.unet": '["attention", "feed_forward", "projection", "resnet", "resample", "time"]'})
     list(train(of))
     family, model = families.load(str(tiny), torch.float32, torch.device("cpu"))
-    layers, _ = adapt(model, of.config)
+    layers, *_ = adapt(model, of.config)
     newest = load_newest(of.checkpoints)
     assert newest is not None
     for name, layer in layers.items():

@@ -15,7 +15,11 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: Literal["epsilon"
     return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
 
 
+def sample_errors(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample, in fp32: (B, C, h, w) -> (B,)."""
+    return (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
+
+
 def denoising_loss(predicted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Mean over the batch of each sample's weighted mean squared error, in fp32."""
-    error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
-    return (weight * error).mean()
+    return (weight * sample_errors(predicted, target)).mean()

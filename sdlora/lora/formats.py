@@ -11,6 +11,7 @@ differ. The learned alphas themselves stand in the metadata, under LEARNED_ALPHA
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,6 +88,18 @@ def load(path: Path) -> tuple[dict[str, Factors], dict[str, str]]:
     if tensors or not factors:
         raise WeightsError(f"{path} is not a plain LoRA in the WebUI format: {', '.join(sorted(tensors)[:3]) or 'it is empty'}.")
     return factors, metadata
+
+
+def read_alphas(path: Path) -> dict[str, float]:
+    """WebUI name -> the alpha that the run behind a file learned, or what the file says where it is not one of ours."""
+    factors, metadata = load(path)
+    alphas = {name: own.alpha for name, own in factors.items()}
+    try:
+        learned = json.loads(metadata.get(LEARNED_ALPHAS, "{}"))
+        alphas |= {name: float(alpha) for name, alpha in learned.items() if name in alphas}
+    except (ValueError, TypeError, AttributeError):
+        raise WeightsError(f"{path}: its metadata {LEARNED_ALPHAS} is damaged.") from None
+    return alphas
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlora.lora.inits import INITS
+from sdlora.lora.scaling import SCALINGS
 
 
 class Factors(NamedTuple):
@@ -22,19 +23,30 @@ class Factors(NamedTuple):
 
 
 class LoraLayer(nn.Module):
-    """Stands in for `base`: base(x) + alpha / rank * up(down(x)).  Hu et al. 2021, with alpha a parameter.
+    """Stands in for `base`: base(x) + scale * up(down(x)).  Hu et al. 2021, with alpha a parameter; scale = alpha / rank, or as
+    `scaling` says.
 
     `initial` holds what is taken off again for inits that do not start from zero: (down, scaled up) at the start.
     """
 
-    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, init: str, learned_alpha: bool, generator: torch.Generator):
+    def __init__(
+        self,
+        base: nn.Linear | nn.Conv2d,
+        rank: int,
+        alpha: float,
+        init: str,
+        learned_alpha: bool,
+        generator: torch.Generator,
+        scaling: str = "standard",
+    ):
         super().__init__()
         if isinstance(base, nn.Conv2d) and base.groups != 1:
             raise NotImplementedError("no Stable Diffusion layer that LoRAs adapt is a grouped convolution")
         self.base = base.requires_grad_(False)
         self.rank = rank
+        self.scale_of_one = SCALINGS[scaling](rank)
         self.enabled = True
-        start = INITS[init](base.weight.detach().float().cpu().flatten(1), rank, alpha / rank, generator)
+        start = INITS[init](base.weight.detach().float().cpu().flatten(1), rank, alpha * self.scale_of_one, generator)
         down, up = start.down.view(rank, *base.weight.shape[1:]), start.up
         if base.weight.dim() == 4:
             up = up[:, :, None, None]
@@ -45,11 +57,11 @@ class LoraLayer(nn.Module):
         self.initial_down: Tensor | None
         self.initial_up: Tensor | None
         self.register_buffer("initial_down", self.down.detach().clone() if start.subtract else None)
-        self.register_buffer("initial_up", (self.up.detach() * (alpha / rank)).clone() if start.subtract else None)
+        self.register_buffer("initial_up", (self.up.detach() * (alpha * self.scale_of_one)).clone() if start.subtract else None)
 
     @property
     def scale(self) -> Tensor:
-        return self.alpha / self.rank
+        return self.alpha * self.scale_of_one
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) or (B, I, H, W); the base's dtype and the autocast dtype rule the arithmetic."""
@@ -72,7 +84,7 @@ class LoraLayer(nn.Module):
         """The update as plain matrices, exact for every init, fp32 on the CPU."""
         down: Tensor = self.down
         up: Tensor = self.up
-        alpha = self.alpha.item()
+        alpha = self.alpha.item() * self.scale_of_one * self.rank  # in the files' own convention, scale = alpha / R
         if self.initial_down is not None and self.initial_up is not None:
             up = torch.cat([up * self.scale, -self.initial_up], dim=1)
             down = torch.cat([down, self.initial_down])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdlora.lora.embedding_norm import BaseNorms, embedding_norms, norm_drift, norm_loss
+from sdlora.lora.embedding_norm import DISTANCES, BaseNorms, embedding_norms, norm_drift, norm_loss, pinned_loss
 
 
 def test_numbers_by_hand() -> None:
@@ -36,3 +36,28 @@ def test_base_norms_encode_each_caption_once() -> None:
     assert first.shape == (3, 3) and float(first[0, 0]) == pytest.approx(4.0)
     norms(["c", "def"])
     assert calls == [["ab", "c"], ["def"]]
+
+
+def test_orders_distances_and_units_by_hand() -> None:
+    assert embedding_norms(torch.tensor([[[3.0, -4.0]]]), order=1).tolist() == [[7.0]]
+    norms, base = torch.tensor([[10.5, 12.0]]), torch.tensor([[10.0, 10.0]])
+    assert float(norm_loss(norms, base, "absolute")) == pytest.approx((0.05 + 0.2) / 2)
+    assert float(norm_loss(norms, base, "absolute", relative=False)) == pytest.approx((0.5 + 2) / 2)
+    assert float(norm_loss(norms, base, "huber")) == pytest.approx((0.05**2 + 2 * 0.1 * 0.2 - 0.1**2) / 2)
+    # The same shape in the norm's own unit: 'huber' turns straight at the same relative deviation.
+    assert float(norm_loss(norms, base, "huber", relative=False)) == pytest.approx(100 * float(norm_loss(norms, base, "huber")))
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_every_distance_is_zero_at_the_base_only(distance: str) -> None:
+    base = torch.rand(2, 5) + 1
+    assert float(norm_loss(base, base, distance)) == 0
+    assert float(norm_loss(base * 0.9, base, distance)) > 0
+    assert float(norm_loss(base * 1.3, base, distance)) > float(norm_loss(base * 1.2, base, distance))
+
+
+def test_pinned_loss_by_hand_sees_what_the_norm_does_not() -> None:
+    base = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
+    turned = torch.tensor([[[4.0, 3.0], [1.0, 0.0]]])
+    assert float(norm_loss(embedding_norms(turned), embedding_norms(base))) == 0
+    assert float(pinned_loss(turned, base)) == pytest.approx((2 / 25 + 0) / 2)

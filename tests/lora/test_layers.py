@@ -34,7 +34,8 @@ def test_factors_give_the_trained_output(init: str, kind: int) -> None:
     base, x = bases()[kind]
     layer = layer_for(base, init)
     with torch.no_grad():
-        layer.up += torch.randn(layer.up.shape, generator=torch.Generator().manual_seed(5)) * 0.3
+        for matrix in (layer.down, layer.up):
+            matrix += torch.randn(matrix.shape, generator=torch.Generator().manual_seed(5)) * 0.3
         layer.alpha.fill_(-1.7)  # a learned alpha may even turn negative
     down, up, alpha = layer.factors()
     merged = type(base)(*((12, 20) if kind == 0 else (6, 10, base.kernel_size[0], base.stride[0], base.padding[0])))  # type: ignore
@@ -74,8 +75,8 @@ def test_only_what_the_init_trains_gets_a_gradient(init: str) -> None:
     base, x = bases()[0]
     layer = layer_for(base, init)
     layer(x).square().sum().backward()
-    assert layer.up.grad is not None and layer.up.grad.abs().sum() > 0
     assert (layer.down.grad is None) == (init == "orthonormal")
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in (layer.down, layer.up))
 
 
 def test_state_round_trip() -> None:
@@ -87,3 +88,14 @@ def test_state_round_trip() -> None:
     assert torch.equal(layer(x), other(x))
     with pytest.raises(KeyError):
         layer_for(base, "kaiming").load_state(layer.state())
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_rank_stabilised_factors_are_exact(init: str) -> None:
+    base, x = bases()[0]
+    layer = LoraLayer(base, 9, 6.0, init, True, torch.Generator().manual_seed(1), "rank_stabilised")
+    assert float(layer.scale.detach()) == pytest.approx(6 / 3)
+    with torch.no_grad():
+        layer.up += 0.1
+        down, up, alpha = layer.factors()
+        torch.testing.assert_close(base(x) + x @ (alpha / down.shape[0] * up @ down).T, layer(x), atol=2e-5, rtol=1e-5)
