@@ -48,17 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     command.set_defaults(call=generate_command)
 
+    command = commands.add_parser(
+        "plan", help="show what a config would train, layer by layer", description="Train nothing. " + OPTION_HELP, allow_abbrev=False
+    )
+    command.add_argument("config", nargs="*", type=Path, help="TOML files, later ones over earlier ones")
+    command.set_defaults(call=plan_command)
+
+    command = commands.add_parser("alphas", help="show which layers a LoRA chose to change, by their learned alphas")
+    command.add_argument("file", type=Path, help="LoRA file")
+    command.set_defaults(call=alphas_command)
+
     command = commands.add_parser("options", help="list every training option with its meaning and default")
     command.set_defaults(call=options_command)
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Options of a training run belong to config.py: argparse sees what stands before them.
     is_option = [word.startswith("--") and word not in ("--help", "--version") for word in words]
-    split = is_option.index(True) if words[:1] == ["train"] and True in is_option else len(words)
+    split = is_option.index(True) if words[:1] in (["train"], ["plan"]) and True in is_option else len(words)
     parsed, rest = parser.parse_known_args(words[:split])
     rest += words[split:]
     try:
-        if rest and parsed.call is not train_command:
+        if rest and parsed.call not in (train_command, plan_command):
             raise ConfigError(f"{rest[0]} is not an option of this command; see `sdlora --help`.")
         parsed.flags = pairs(rest)
         return int(parsed.call(parsed))
@@ -146,6 +156,54 @@ def generate_command(parsed: argparse.Namespace) -> int:
         path = parsed.out / f"{number + offset:05d}.png"
         preview.save_picture(family.generate(model, prompt), path, prompt, model=Path(parsed.base).name, lora=used)
         print(f"{path}  {prompt.text}", flush=True)
+    return 0
+
+
+def plan_command(parsed: argparse.Namespace) -> int:
+    chosen = config.load(parsed.config, parsed.flags)
+    quiet_libraries()
+    from sdlora.plan import plan
+
+    found = plan(chosen)
+    width = max(len(layer.name) for layer in found.layers)
+    print(f"{'layer':{width}}  {'shape':>16}  rank  scale     down rate  up rate   parameters")
+    for layer in found.layers:
+        shape = "x".join(map(str, layer.shape))
+        rates = f"{layer.down_rate:<9.3g}  {layer.up_rate:<8.3g}"
+        print(f"{layer.name:{width}}  {shape:>16}  {layer.rank:4}  {layer.scale:<8.4g}  {rates}  {layer.parameters:>10,}")
+    shares = ", ".join(f"{share:.1%} of {part.replace('_', ' ')}" for part, share in found.adapted_weights.items())
+    print(f"\n{len(found.layers)} layers, {sum(layer.parameters for layer in found.layers):,} parameters, init {found.init}")
+    print(f"Weights that adapters change: {shares}")
+    print(f"Learned alphas: {f'rate {found.alpha_rate:g}' if found.alpha_rate else 'none'}")
+    if found.unmatched:
+        print(f"Without an alpha in lora.alpha_from, so at lora.alpha: {', '.join(found.unmatched)}")
+    return 0
+
+
+def alphas_command(parsed: argparse.Namespace) -> int:
+    """A histogram over layers, then the layers that moved furthest from the median."""
+    from statistics import median
+
+    from sdlora.lora import formats
+
+    alphas = formats.read_alphas(parsed.file)
+    middle, low, high = median(alphas.values()), min(alphas.values()), max(alphas.values())
+    print(f"{len(alphas)} layers: alpha {low:.4g} to {high:.4g}, median {middle:.4g}")
+    if low == high:
+        print("All alike: this file's alphas were not learned.")
+        return 0
+    bins = 10
+    edges = [low + (high - low) * k / bins for k in range(bins + 1)]
+    counts = [0] * bins
+    for alpha in alphas.values():
+        counts[min(bins - 1, int((alpha - low) / (high - low) * bins))] += 1
+    for k, count in enumerate(counts):
+        print(f"{edges[k]:9.4g} .. {edges[k + 1]:9.4g}  {'#' * round(40 * count / max(counts)):40}  {count}")
+    ordered = sorted(alphas.items(), key=lambda item: item[1])
+    for title, rows in (("Changed most", ordered[::-1][:10]), ("Changed least", ordered[:10])):
+        print(f"\n{title}:")
+        for name, alpha in rows:
+            print(f"{alpha:9.4g}  {name}")
     return 0
 
 

@@ -26,7 +26,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=10)]
-TargetGroup = Literal["attention", "feed_forward", "projection", "resnet", "resample", "time"]
+TargetGroup = Literal["attention", "feed_forward", "projection", "resnet", "resample", "time", "input_output"]
 
 
 class ModelOptions(Section):
@@ -79,7 +79,8 @@ class LoraOptions(Section):
         "or smallest singular vectors, 'pissa' and 'milora', or from its QR decomposition, 'olora'.",
     )
     unet: tuple[TargetGroup, ...] = Field(
-        ("attention", "feed_forward", "projection"), description="UNet layers that are adapted; empty for none."
+        ("attention", "feed_forward", "projection"),
+        description="UNet layers that are adapted; empty for none. kohya's scripts ignore 'input_output' in a file.",
     )
     text_encoder: tuple[Literal["attention", "feed_forward"], ...] = Field(
         ("attention", "feed_forward"), description="Text-encoder layers that are adapted; empty for none."
@@ -93,20 +94,44 @@ class OptimizerOptions(Section):
     up_ratio: float = Field(1.0, gt=0, le=64, description="Rate of up over rate of down, as in LoRA+; 1 treats both alike.")
     layer_rates: dict[str, Rate] = Field(
         default_factory=dict,
-        description="Own rates by glob over layer names, the last match wins; 0 leaves a layer out of the LoRA.",
+        description="Own rates by glob over layer names, or by block: 'down.0', 'mid', 'up.3', 'te.0-5'; the last match wins, 0 leaves a "
+        "layer out of the LoRA.",
     )
     weight_decay: Share = Field(0.01, description="AdamW's weight decay on down and up (never on alpha).")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.99), description="AdamW's betas."
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="How rates fall from their peak towards the last step.")
+    text_encoder_steps: Count = Field(0, description="Train the text encoder for this many steps only; 0: to the end.")
+    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = Field(
+        "cosine", description="How rates fall from their peak towards the last step."
+    )
+    cycles: PositiveInt = Field(3, description="How often 'cosine_restarts' falls.")
+    power: float = Field(2.0, gt=0, le=10, description="Exponent of 'polynomial'; 1 is linear.")
     warmup_steps: Count = Field(0, description="Steps over which rates rise from zero.")
 
 
 class LossOptions(Section):
+    weighting: Literal["min_snr", "debiased", "none"] = Field("min_snr", description="How much each timestep counts.")
     min_snr_gamma: float = Field(5.0, ge=0, description="Min-SNR weighting's gamma; 0 weights all timesteps alike.")
+    distance: Literal["squared", "huber"] = Field(
+        "squared", description="Error of the noise prediction: squared, or pseudo-Huber, which bad pictures in the set harm less."
+    )
+    huber_width: float = Field(0.1, gt=0, le=10, description="Error at which Huber turns from squared to straight (at the highest noise).")
+    huber_schedule: Literal["snr", "constant"] = Field(
+        "snr", description="Whether Huber's width grows towards 1 as the noise falls, or stays."
+    )
     noise_offset: Share = Field(0.0, description="Strength of noise shared by all pixels of a channel, for darker darks.")
+    multires_discount: Share = Field(0.0, description="Share of each coarser level in multi-resolution noise; 0 for none, 0.3 is usual.")
+    input_perturbation: Share = Field(0.0, description="Extra noise in what the model sees but need not predict; 0.1 is usual.")
+    timesteps: Literal["uniform", "logit_normal"] = Field(
+        "uniform", description="How timesteps are drawn: evenly, or with more in the middle."
+    )
+    logit_mean: float = Field(0.0, ge=-5, le=5, description="Logit-normal's mean; above 0 for more noise.")
+    logit_deviation: float = Field(1.0, gt=0, le=5, description="Logit-normal's deviation.")
+    first_timestep: int = Field(0, ge=0, le=999, description="Lowest timestep that is trained; 0 is the cleanest.")
+    last_timestep: int = Field(999, ge=0, le=999, description="Highest timestep that is trained; 999 is pure noise.")
+    zero_terminal_snr: bool = Field(False, description="Rescale the noise schedule to end in pure noise; for v-prediction models only.")
     embedding_norm: float = Field(
         0.1, ge=0, description="Weight of the term that keeps text-embedding norms near the base model's; drift is logged even at 0."
     )
@@ -129,6 +154,12 @@ class LossOptions(Section):
         description="Weight of the base-model prior: for pinned prompts the model must predict what it predicts without the LoRA.",
     )
     prior_samples: PositiveInt = Field(1, description="Samples of the base-model prior a batch; each costs a picture's time and a half.")
+
+    @model_validator(mode="after")
+    def _timesteps_are_a_range(self) -> Self:
+        if self.first_timestep > self.last_timestep:
+            raise ValueError(f"loss.first_timestep = {self.first_timestep} lies above loss.last_timestep = {self.last_timestep}")
+        return self
 
     @model_validator(mode="after")
     def _pinning_needs_prompts(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -21,11 +22,24 @@ def layer_rates(names: list[str], part_rates: Mapping[str, float], own: Mapping[
     """
     rates = {name: part_rates[name.partition(".")[0]] for name in names}
     for glob, rate in own.items():
-        matched = [name for name in names if fnmatchcase(name, glob)]
+        globs = block_globs(glob)
+        matched = [name for name in names if any(fnmatchcase(name, g) for g in globs)]
         if not matched:
             raise ConfigError(f"optimizer.layer_rates: {glob!r} matches no adapted layer; names look like {names[0]} (see run.log).")
         rates |= dict.fromkeys(matched, rate)
     return rates
+
+
+def block_globs(text: str) -> list[str]:
+    """Shorthand for a block as globs: `down.0`, `mid`, `up.1-3`, `te.0-5`; anything else is a glob already."""
+    found = re.fullmatch(r"(?:(mid)|(down|up|te)\.(\d+)(?:-(\d+))?)", text)
+    if not found:
+        return [text]
+    mid, block, first, last = found.groups()
+    if mid:
+        return ["unet.mid_block.*"]
+    path = "text_encoder.text_model.encoder.layers" if block == "te" else f"unet.{block}_blocks"
+    return [f"{path}.{number}.*" for number in range(int(first), int(last or first) + 1)]
 
 
 def make_optimizer(
@@ -38,7 +52,7 @@ def make_optimizer(
     weight_decay: float,
 ) -> torch.optim.AdamW:
     """AdamW. Up matrices learn `up_ratio` times as fast as down (LoRA+, Hayou et al. 2024); alphas have their own rate and no decay."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
     for name, layer in layers.items():
         for parameter, rate, decay in (
             (layer.down, rates[name], weight_decay),
@@ -46,31 +60,37 @@ def make_optimizer(
             (layer.alpha, alpha_rate, 0.0),
         ):
             if parameter.requires_grad:
-                groups[rate, decay].append(parameter)
+                groups[name.partition(".")[0], rate, decay].append(parameter)
     return torch.optim.AdamW(
-        [{"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()],
+        [
+            {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay, "part": part}
+            for (part, rate, decay), parameters in groups.items()
+        ],
         betas=betas,
         fused=True,
     )
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, factor: float, resting: str | None = None) -> None:
+    """Rates of this step; the part of the model that is `resting` learns no more."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = 0.0 if group["part"] == resting else group["peak_lr"] * factor
 
 
-def rate_factor(schedule: str, step: int, steps: int, warmup_steps: int) -> float:
+def rate_factor(schedule: str, step: int, steps: int, warmup_steps: int, *, cycles: int = 1, power: float = 1.0) -> float:
     """Share of the peak rate at `step` of `steps`: a rise from zero, then the schedule over what is left."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return SCHEDULES[schedule]((step - warmup_steps) / max(1, steps - warmup_steps))
+    return SCHEDULES[schedule]((step - warmup_steps) / max(1, steps - warmup_steps), cycles, power)
 
 
-# From the share of the run that is done, 0..1, to the share of the peak rate.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+# From the share of the run that is done, 0..1, the number of restarts and the exponent to the share of the peak rate.
+SCHEDULES: dict[str, Callable[[float, int, float], float]] = {
+    "constant": lambda done, cycles, power: 1.0,
+    "linear": lambda done, cycles, power: 1 - done,
+    "cosine": lambda done, cycles, power: 0.5 * (1 + math.cos(math.pi * done)),
+    "cosine_restarts": lambda done, cycles, power: 0.5 * (1 + math.cos(math.pi * (done * cycles % 1.0))),
+    "polynomial": lambda done, cycles, power: (1 - done) ** power,
 }
 
 

@@ -17,15 +17,17 @@ from PIL import Image
 from torch import Tensor
 
 from sdlora import checkpoint, events, preview
-from sdlora.config import Config
+from sdlora.config import Config, LossOptions
 from sdlora.data import images
 from sdlora.data.batches import BatchPlan, sample_seed
 from sdlora.data.buckets import Placed, place
 from sdlora.data.cache import TensorCache, fingerprint
 from sdlora.data.captions import choose_caption
 from sdlora.data.dataset import Example, find_examples
-from sdlora.diffusion.losses import denoising_loss, min_snr_weight, sample_errors
-from sdlora.diffusion.timesteps import stratified
+from sdlora.diffusion.losses import WEIGHTINGS, denoising_loss, huber_width
+from sdlora.diffusion.noise import perturb, sample_noise
+from sdlora.diffusion.schedule import NoiseSchedule
+from sdlora.diffusion.timesteps import Distribution, stratified
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.lora import formats
 from sdlora.lora.embedding_norm import BaseNorms, embedding_norms, norm_drift, norm_loss, pinned_loss
@@ -65,7 +67,10 @@ def train(run: Run) -> Iterator[events.Event]:
     for prompt in prompts:
         preview.check_size(prompt, model.size_multiple)
     check_step(config, model)
+    schedule, distribution = noise_schedule_of(model, config), timesteps_of(config)
     layers, rates, unmatched = adapt(model, config)
+    if config.optimizer.text_encoder_steps and not any(name.startswith("unet.") for name in layers):
+        raise ConfigError("optimizer.text_encoder_steps would leave nothing to train: no UNet layer is adapted.")
     trained = list(layers.values())
     optimizer = make_optimizer(
         layers,
@@ -105,11 +110,15 @@ def train(run: Run) -> Iterator[events.Event]:
             draw_previews(run, family, model, prompts, 0)
         yield events.Previewed(0, str(save_grid(run, prompts, [("base model", 0)], "step-00000000.png")))
 
-    schedule = model.noise_schedule
     samples = config.train.batch_size * config.train.accumulation
     while step < config.train.steps and not run.asked_to_stop():
         began = time.perf_counter()
-        set_rates(optimizer, rate_factor(config.optimizer.schedule, step, config.train.steps, config.optimizer.warmup_steps))
+        rates_now = config.optimizer
+        factor = rate_factor(
+            rates_now.schedule, step, config.train.steps, rates_now.warmup_steps, cycles=rates_now.cycles, power=rates_now.power
+        )
+        text_rests = 0 < rates_now.text_encoder_steps <= step
+        set_rates(optimizer, factor, resting="text_encoder" if text_rests else None)
         losses, drifts, first = [], [], 0
         for part in range(config.train.accumulation):
             indices = plan.batch(step * config.train.accumulation + part)
@@ -119,44 +128,39 @@ def train(run: Run) -> Iterator[events.Event]:
                 caption_of(item, config, sample_seed(config.train.seed, step, first + k, "caption")) for k, item in enumerate(chosen)
             ]
             timesteps = stratified(
-                [sample_seed(config.train.seed, step, first + k, "timestep") for k in range(len(chosen))], first, samples
+                [sample_seed(config.train.seed, step, first + k, "timestep") for k in range(len(chosen))], first, samples, distribution
             )
             timesteps = timesteps.to(model.device)
-            clean, noise = latents_and_noise([latents[index] for index in indices], seeds, config.loss.noise_offset, model.device)
+            clean, noise, seen_noise = latents_and_noise([latents[index] for index in indices], seeds, config.loss, model.device)
 
             if trains_text:
-                prompt_embeds = family.encode_prompts(model, captions)
+                with torch.set_grad_enabled(not text_rests):
+                    prompt_embeds = family.encode_prompts(model, captions)
                 norms, wanted = embedding_norms(prompt_embeds, config.loss.embedding_norm_order), base_norms(captions)
                 drifts.append(float(norm_drift(norms.detach(), wanted)))
             else:
                 prompt_embeds = of_base(captions)
                 drifts.append(0.0)
 
-            predicted = family.predict(model, schedule.add_noise(clean, noise, timesteps), timesteps, prompt_embeds)
-            weight = min_snr_weight(schedule.snr(timesteps), config.loss.min_snr_gamma, schedule.prediction_type)
-            loss = denoising_loss(predicted, schedule.target(clean, noise, timesteps), weight)
+            predicted = family.predict(model, schedule.add_noise(clean, seen_noise, timesteps), timesteps, prompt_embeds)
+            weight, width = weight_and_width(schedule, timesteps, config)
+            loss = denoising_loss(predicted, schedule.target(clean, noise, timesteps), weight, width)
             losses.append(float(loss.detach()))
-            if trains_text and config.loss.embedding_norm:
+            if trains_text and not text_rests and config.loss.embedding_norm:
                 term = norm_loss(norms, wanted, config.loss.embedding_norm_distance, config.loss.embedding_norm_relative)
                 loss = loss + config.loss.embedding_norm * term
             batch = step * config.train.accumulation + part
-            if trains_text and config.loss.pinned_embedding:
+            if trains_text and not text_rests and config.loss.pinned_embedding:
                 pinned = pinned_prompts(config, batch, "pinned", PINNED_A_BATCH)
                 term = pinned_loss(family.encode_prompts(model, pinned), of_base(pinned))
                 loss = loss + config.loss.pinned_embedding * term
             if config.loss.prior:
                 pinned = pinned_prompts(config, batch, "prior", config.loss.prior_samples)
-                embeds = family.encode_prompts(model, pinned) if trains_text else of_base(pinned)
-                prior_seeds = [sample_seed(config.train.seed, batch, k, "prior noise") for k in range(len(pinned))]
-                at = stratified([sample_seed(config.train.seed, batch, k, "prior timestep") for k in range(len(pinned))], 0, len(pinned))
-                at = at.to(model.device)
+                with torch.set_grad_enabled(not text_rests):
+                    embeds = family.encode_prompts(model, pinned) if trains_text else of_base(pinned)
                 shown = [latents[indices[k % len(indices)]] for k in range(len(pinned))]
-                noisy = schedule.add_noise(*latents_and_noise(shown, prior_seeds, 0.0, model.device), at)
-                with torch.no_grad(), disabled(trained):
-                    wanted_noise = family.predict(model, noisy, at, of_base(pinned))
-                error = sample_errors(family.predict(model, noisy, at, embeds), wanted_noise)
-                weight = min_snr_weight(schedule.snr(at), config.loss.min_snr_gamma, schedule.prediction_type)
-                loss = loss + config.loss.prior * (weight * error).mean()
+                term = prior_loss(family, model, trained, config, schedule, shown, embeds, of_base(pinned), batch)
+                loss = loss + config.loss.prior * term
             (loss / config.train.accumulation).backward()
             first += len(chosen)
 
@@ -272,18 +276,71 @@ def pinned_prompts(config: Config, batch: int, purpose: str, count: int) -> list
     return Random(sample_seed(config.train.seed, batch, 0, purpose)).choices(config.loss.pinned_prompts, k=count)
 
 
+def noise_schedule_of(model: Model, config: Config) -> NoiseSchedule:
+    if not config.loss.zero_terminal_snr:
+        return model.noise_schedule
+    if model.noise_schedule.prediction_type != "v_prediction":
+        raise ConfigError("loss.zero_terminal_snr is for v-prediction models, and this one predicts epsilon: leave it false.")
+    return model.noise_schedule.with_zero_terminal_snr()
+
+
+def timesteps_of(config: Config) -> Distribution:
+    loss = config.loss
+    logit_normal = (loss.logit_mean, loss.logit_deviation) if loss.timesteps == "logit_normal" else None
+    return Distribution(loss.first_timestep, loss.last_timestep, logit_normal)
+
+
+def weight_and_width(schedule: NoiseSchedule, timesteps: Tensor, config: Config) -> tuple[Tensor, Tensor | None]:
+    """How much each sample counts, and where its Huber loss turns straight; None for the squared error. (B,)."""
+    snr = schedule.snr(timesteps)
+    weight = WEIGHTINGS[config.loss.weighting](snr, config.loss.min_snr_gamma, schedule.prediction_type)
+    if config.loss.distance == "squared":
+        return weight, None
+    return weight, huber_width(snr, config.loss.huber_width, config.loss.huber_schedule)
+
+
+def prior_loss(
+    family: Family,
+    model: Model,
+    layers: Sequence[LoraLayer],
+    config: Config,
+    schedule: NoiseSchedule,
+    posteriors: Sequence[tuple[Tensor, Tensor]],
+    prompt_embeds: Tensor,
+    base_prompt_embeds: Tensor,
+    batch: int,
+) -> Tensor:
+    """The base-model prior: what the model without adapters predicts for a prompt is the target of the model with them.
+
+    As prior preservation (DreamBooth, Ruiz et al. 2023), with the base model's prediction in the place of pictures that it drew, so
+    that nothing has to be drawn, or kept on disk. Noise is put on the training pictures' latents. Embeddings (B, T, D).
+    """
+    count = len(posteriors)
+    noise_seeds, timestep_seeds = (
+        [sample_seed(config.train.seed, batch, k, purpose) for k in range(count)] for purpose in ("prior noise", "prior timestep")
+    )
+    timesteps = stratified(timestep_seeds, 0, count, timesteps_of(config)).to(model.device)
+    clean, _, seen_noise = latents_and_noise(posteriors, noise_seeds, config.loss, model.device)
+    noisy = schedule.add_noise(clean, seen_noise, timesteps)
+    with torch.no_grad(), disabled(layers):
+        wanted = family.predict(model, noisy, timesteps, base_prompt_embeds)
+    weight, width = weight_and_width(schedule, timesteps, config)
+    return denoising_loss(family.predict(model, noisy, timesteps, prompt_embeds), wanted, weight, width)
+
+
 def latents_and_noise(
-    posteriors: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int], noise_offset: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Latents drawn from their posteriors, and noise for them: both (B, C, h, w), each sample from its own seed."""
-    latents, noises = [], []
+    posteriors: Sequence[tuple[Tensor, Tensor]], seeds: Sequence[int], options: LossOptions, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents drawn from their posteriors, the noise to predict, and the noise that is added to them: all (B, C, h, w), each sample
+    from its own seed."""
+    latents, noises, seen = [], [], []
     for (mean, std), seed in zip(posteriors, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
         latents.append(mean + std * torch.randn(mean.shape, generator=generator))
-        noise = torch.randn(mean.shape, generator=generator)
-        # Offset noise (N. Guttenberg, "Diffusion with Offset Noise", 2023): also shift whole channels.
-        noises.append(noise + noise_offset * torch.randn((mean.shape[0], 1, 1), generator=generator) if noise_offset else noise)
-    return torch.stack(latents).to(device), torch.stack(noises).to(device)
+        noise = sample_noise(mean.shape, generator, offset=options.noise_offset, multires_discount=options.multires_discount)
+        noises.append(noise)
+        seen.append(perturb(noise, options.input_perturbation, generator) if options.input_perturbation else noise)
+    return torch.stack(latents).to(device), torch.stack(noises).to(device), torch.stack(seen).to(device)
 
 
 # ---------------------------------------------------------------- adapters

@@ -16,6 +16,7 @@ LAYERS = [
     {"models", "optim"},
     {"checkpoint", "preview", "analysis"},
     {"train"},
+    {"plan"},
     {"cli"},
     {"__main__"},
 ]

@@ -8,6 +8,7 @@ from sdlora.errors import ConfigError
 from sdlora.lora.layers import LoraLayer
 from sdlora.optim import (
     SCHEDULES,
+    block_globs,
     layer_rates,
     load_optimizer_tensors,
     make_optimizer,
@@ -61,8 +62,37 @@ def test_schedules_by_hand() -> None:
     assert [rate_factor("constant", s, 10, 4) for s in (0, 3, 4, 9)] == [0.25, 1.0, 1.0, 1.0]
     assert rate_factor("linear", 7, 10, 4) == pytest.approx(0.5)
     assert rate_factor("cosine", 7, 10, 4) == pytest.approx(0.5)
+    assert rate_factor("polynomial", 7, 10, 4, power=2) == pytest.approx(0.25)
+    assert rate_factor("cosine_restarts", 7, 12, 0, cycles=2) == pytest.approx(rate_factor("cosine", 1, 6, 0))
     for schedule in SCHEDULES.values():
-        assert schedule(0.0) == pytest.approx(1.0)
+        assert schedule(0.0, 3, 2.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "globs"),
+    [
+        ("mid", ["unet.mid_block.*"]),
+        ("up.3", ["unet.up_blocks.3.*"]),
+        ("te.0-1", ["text_encoder.text_model.encoder.layers.0.*", "text_encoder.text_model.encoder.layers.1.*"]),
+        ("unet.down_blocks.0.*", ["unet.down_blocks.0.*"]),
+        ("down", ["down"]),
+    ],
+)
+def test_block_shorthand(text: str, globs: list[str]) -> None:
+    assert block_globs(text) == globs
+
+
+def test_layer_one_of_te_is_not_layer_ten() -> None:
+    names = [f"text_encoder.text_model.encoder.layers.{n}.mlp.fc1" for n in (1, 10)]
+    assert layer_rates(names, {"text_encoder": 1.0}, {"te.1": 2.0}) == {names[0]: 2.0, names[1]: 1.0}
+
+
+def test_a_resting_part_learns_nothing() -> None:
+    of = layers()
+    optimizer = optimizer_for(of)
+    set_rates(optimizer, 0.5, resting="text_encoder")
+    assert rate_of(optimizer, of[NAMES[2]].up)[0] == rate_of(optimizer, of[NAMES[2]].alpha)[0] == 0
+    assert rate_of(optimizer, of[NAMES[0]].alpha)[0] == pytest.approx(0.25)
 
 
 def test_state_round_trip_continues_in_the_same_bits() -> None:

@@ -200,6 +200,48 @@ def test_pinning_resumes_in_the_same_bits(make: Any) -> None:
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+NOISES: list[dict[str, Any]] = [
+    {"weighting": "debiased", "distance": "huber", "multires_discount": 0.3, "input_perturbation": 0.1, "schedule": "cosine_restarts"},
+    {"weighting": "none", "distance": "huber", "huber_schedule": "constant", "timesteps": "logit_normal", "text_encoder_steps": 3},
+]
+
+
+@pytest.mark.parametrize("options", NOISES)
+def test_noise_and_loss_options_resume_in_the_same_bits(make: Any, options: dict[str, Any]) -> None:
+    straight, broken = make(**options), make(**options)
+    whole = losses(train(straight))
+    stream = train(broken)
+    first = losses(takewhile(lambda e: not (isinstance(e, events.Saved) and e.step == 2), stream))
+    stream.close()
+    assert first + losses(train(broken)) == whole
+    assert whole != losses(train(make()))
+
+
+def test_the_text_encoder_rests_after_its_steps(make: Any) -> None:
+    kept, longer = make(steps=4, text_encoder_steps=2, schedule="constant"), make(steps=2, schedule="constant")
+    list(train(kept))
+    list(train(longer))
+    one, other = load_file(kept.export), load_file(longer.export)
+    assert all(torch.equal(one[key], other[key]) for key in one if key.startswith("lora_te_"))
+    assert not all(torch.equal(one[key], other[key]) for key in one if key.startswith("lora_unet_"))
+    with pytest.raises(ConfigError, match="nothing to train"):
+        next(train(make(text_encoder_steps=2, **{"lora.unet": "[]"})))
+
+
+def test_only_the_timesteps_asked_for_are_trained(make: Any) -> None:
+    with pytest.raises(ConfigError, match="lies above"):
+        make(first_timestep=500, last_timestep=400)
+    clean, noisy = (losses(train(make(steps=3, min_snr_gamma=0, **at))) for at in ({"last_timestep": 50}, {"first_timestep": 950}))
+    assert clean != noisy
+
+
+def test_zero_terminal_snr_is_for_v_prediction(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="v-prediction"):
+        next(train(make(zero_terminal_snr="true")))
+    of = make(zero_terminal_snr="true", model__base=build_model(tmp_path / "v", "v_prediction"), first_timestep=990)
+    assert np.isfinite(losses(train(of))).all()
+
+
 def test_pinning_without_prompts_is_refused(make: Any) -> None:
     with pytest.raises(ConfigError, match="pinned_prompts"):
         make(prior=1)
@@ -237,7 +279,9 @@ def test_alphas_stay_above_their_floor(make: Any) -> None:
 
 @pytest.mark.parametrize("init", INITS)
 def test_export_gives_the_noise_prediction_of_training_in_diffusers(make: Any, tiny: Path, init: str) -> None:
-    of = make(**{"lora.init": init, "lora.unet": '["attention", "feed_forward", "projection", "resnet", "resample", "time"]'})
+    of = make(
+        **{"lora.init": init, "lora.unet": '["attention", "feed_forward", "projection", "resnet", "resample", "time", "input_output"]'}
+    )
     list(train(of))
     family, model = families.load(str(tiny), torch.float32, torch.device("cpu"))
     layers, *_ = adapt(model, of.config)

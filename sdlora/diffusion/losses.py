@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,11 +16,41 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction_type: Literal["epsilon"
     return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
 
 
-def sample_errors(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample, in fp32: (B, C, h, w) -> (B,)."""
-    return (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
+def debiased_weight(snr: Tensor, gamma: float, prediction_type: Literal["epsilon", "v_prediction"]) -> Tensor:
+    """Debiased estimation (Yu et al. 2024): 1 / sqrt(snr) for epsilon, 1 / (snr + 1) for v; snr is capped at 1000 as in kohya's trainer."""
+    snr = snr.clamp(max=1000)
+    return snr.rsqrt() if prediction_type == "epsilon" else 1 / (snr + 1)
 
 
-def denoising_loss(predicted: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the batch of each sample's weighted mean squared error, in fp32."""
-    return (weight * sample_errors(predicted, target)).mean()
+# (snr (B,), min-SNR's gamma, prediction type) -> (B,)
+WEIGHTINGS: dict[str, Callable[[Tensor, float, Literal["epsilon", "v_prediction"]], Tensor]] = {
+    "none": lambda snr, gamma, prediction_type: torch.ones_like(snr),
+    "min_snr": min_snr_weight,
+    "debiased": debiased_weight,
+}
+
+
+def huber_width(snr: Tensor, narrowest: float, schedule: Literal["constant", "snr"]) -> Tensor:
+    """Where the Huber loss turns from squared to straight: (B,) -> (B,).
+
+    'snr' (kohya's trainer): (1 - narrowest) / (1 + 1 / sqrt(snr))^2 + narrowest, so that it is close to squared where little noise
+    is left, and robust where the picture must be guessed.
+    """
+    if schedule == "constant":
+        return torch.full_like(snr, narrowest)
+    return (1 - narrowest) / (1 + snr.rsqrt()).square() + narrowest
+
+
+def sample_errors(predicted: Tensor, target: Tensor, width: Tensor | None = None) -> Tensor:
+    """Error of each sample, in fp32: (B, C, h, w) -> (B,). Mean squared; with `width` c (B,) the pseudo-Huber loss
+    2 c (sqrt(e^2 + c^2) - c), which is e^2 for small e."""
+    error = predicted.float() - target.float()
+    if width is None:
+        return error.square().mean(dim=(1, 2, 3))
+    c = width[:, None, None, None]
+    return (2 * c * ((error.square() + c.square()).sqrt() - c)).mean(dim=(1, 2, 3))
+
+
+def denoising_loss(predicted: Tensor, target: Tensor, weight: Tensor, width: Tensor | None = None) -> Tensor:
+    """Mean over the batch of each sample's weighted error."""
+    return (weight * sample_errors(predicted, target, width)).mean()

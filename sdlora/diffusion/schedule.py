@@ -37,5 +37,12 @@ class NoiseSchedule:
         a = self.alphas_cumprod[timesteps][:, None, None, None]
         return a.sqrt(), (1 - a).sqrt()
 
+    def with_zero_terminal_snr(self) -> NoiseSchedule:
+        """Shift and scale sqrt(alphas_cumprod) so that the last timestep is pure noise and the first stays as it is (Lin et al. 2023,
+        algorithm 1). For v-prediction: there epsilon would be asked of an input that tells nothing of the picture."""
+        roots = self.alphas_cumprod.double().sqrt()
+        roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+        return NoiseSchedule(roots.square().to(self.alphas_cumprod), self.prediction_type)
+
     def to(self, device: torch.device) -> NoiseSchedule:
         return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)

@@ -22,6 +22,7 @@ UNET_GROUPS: dict[str, str] = {
     "resnet": r"\.resnets\.\d+\.(conv1|conv2|conv_shortcut)",
     "resample": r"\.(downsamplers|upsamplers)\.0\.conv",
     "time": r"\.resnets\.\d+\.time_emb_proj",
+    "input_output": r"^\.(conv_in|conv_out|time_embedding\.linear_[12])",
 }
 TEXT_ENCODER_GROUPS: dict[str, str] = {
     "attention": r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",

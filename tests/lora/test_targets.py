@@ -30,9 +30,20 @@ def sd15() -> dict[str, nn.Module]:
 
 
 def test_all_groups_give_the_frozen_names(sd15: dict[str, nn.Module]) -> None:
-    names = [*find_targets("unet", sd15["unet"], UNET_GROUPS), *find_targets("text_encoder", sd15["text_encoder"], TEXT_ENCODER_GROUPS)]
+    groups = [group for group in UNET_GROUPS if group != "input_output"]
+    names = [*find_targets("unet", sd15["unet"], groups), *find_targets("text_encoder", sd15["text_encoder"], TEXT_ENCODER_GROUPS)]
     assert {webui_name(name) for name in names} == FROZEN
     assert len(names) == len(FROZEN) == 278 + 72
+
+
+def test_input_and_output_layers(sd15: dict[str, nn.Module]) -> None:
+    found = [webui_name(name) for name in find_targets("unet", sd15["unet"], ["input_output"])]
+    assert sorted(found) == [
+        "lora_unet_conv_in",
+        "lora_unet_conv_out",
+        "lora_unet_time_embedding_linear_1",
+        "lora_unet_time_embedding_linear_2",
+    ]
 
 
 def test_default_groups_count(sd15: dict[str, nn.Module]) -> None:

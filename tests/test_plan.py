@@ -1,0 +1,68 @@
+"""The plan's table: what it says of layers, rates and shares is what training does."""
+
+from pathlib import Path
+
+import pytest
+from tiny import build_model
+
+from sdlora import config as configs
+from sdlora.cli import main
+from sdlora.lora import formats
+from sdlora.plan import plan
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("plan") / "tiny")
+
+
+def test_rows_by_hand(base: Path) -> None:
+    flags = {
+        "model.base": base,
+        "rank": 4,
+        "alpha": 8,
+        "scaling": "rank_stabilised",
+        "up_ratio": 16,
+        "rate": 1e-3,
+        "text_encoder_rate": 1e-4,
+    }
+    found = plan(configs.load([], [*((k, str(v)) for k, v in flags.items()), ("layer_rates", '{"mid" = 0, "down.0" = 1e-2}')]))
+    rows = {row.name: row for row in found.layers}
+    assert not any(".mid_block." in name for name in rows)
+    query = rows["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"]
+    assert (query.shape, query.rank, query.scale, query.down_rate) == ((16, 16), 4, 4.0, 1e-2)
+    assert query.up_rate == pytest.approx(0.16) and query.parameters == 4 * (16 + 16) + 1
+    assert rows["text_encoder.text_model.encoder.layers.0.mlp.fc1"].down_rate == 1e-4
+    assert 0 < found.adapted_weights["unet"] < found.adapted_weights["text_encoder"] < 1
+
+
+def test_a_frozen_down_has_no_rate(base: Path) -> None:
+    found = plan(configs.load([], [("model.base", str(base)), ("init", "orthonormal"), ("learned_alpha", "false")]))
+    assert {row.down_rate for row in found.layers} == {0.0} and found.alpha_rate == 0
+
+
+def test_the_command_prints_it(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model.base", str(base), "--rank", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "unet.mid_block.attentions.0.proj_in" in told and "Weights that adapters change" in told
+    assert main(["plan", "--rnk", "2"]) == 2
+    assert "rank" in capsys.readouterr().err
+
+
+def test_alphas_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    import torch
+
+    from sdlora.lora.layers import Factors
+
+    path = tmp_path / "a.safetensors"
+    factors = {f"unet.a.{n}": Factors(torch.ones(2, 3), torch.ones(4, 2), 8.0) for n in range(3)}
+    formats.save(path, factors, 8.0, {formats.LEARNED_ALPHAS: json.dumps({f"lora_unet_a_{n}": 8.0 + n for n in range(3)})})
+    assert main(["alphas", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "3 layers: alpha 8 to 10, median 9" in told
+    assert told.index("10  lora_unet_a_2") < told.index("Changed least")
+    formats.save(path, factors, 8.0, {})
+    assert main(["alphas", str(path)]) == 0
+    assert "not learned" in capsys.readouterr().out
