@@ -61,6 +61,11 @@ class DataOptions(Section):
 
 class LoraOptions(Section):
     rank: int = Field(16, ge=1, le=1024, description="Rank of each layer's update.")
+    layer_ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+        default_factory=dict,
+        description="Own ranks by glob or block, as in optimizer.layer_rates; alpha follows, so that the scale stays. No layer's rank "
+        "exceeds the smaller side of its weight.",
+    )
     alpha: float = Field(16.0, gt=0, le=4096, description="Starting alpha: the update is scaled by alpha / rank, or as `scaling` says.")
     scaling: Literal["standard", "rank_stabilised"] = Field(
         "standard", description="Scale of the update: 'standard' is alpha / rank, 'rank_stabilised' is alpha / sqrt(rank)."
@@ -109,6 +114,9 @@ class OptimizerOptions(Section):
     cycles: PositiveInt = Field(3, description="How often 'cosine_restarts' falls.")
     power: float = Field(2.0, gt=0, le=10, description="Exponent of 'polynomial'; 1 is linear.")
     warmup_steps: Count = Field(0, description="Steps over which rates rise from zero.")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="Decay of a running average of the adapter, which is then what is previewed and exported; 0 for none."
+    )
 
 
 class LossOptions(Section):

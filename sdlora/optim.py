@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +16,65 @@ from torch import Tensor, nn
 from sdlora.errors import ConfigError
 from sdlora.lora.layers import LoraLayer
 
+Value = TypeVar("Value")
+
 
 def layer_rates(names: list[str], part_rates: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:
     """Peak rate of each layer: its part's, or that of the last glob in `own` which matches its name.
 
     Raises ConfigError for a glob that matches nothing: a rate that a user set and nobody uses is a mistake.
     """
-    rates = {name: part_rates[name.partition(".")[0]] for name in names}
-    for glob, rate in own.items():
+    return by_layer("optimizer.layer_rates", names, {name: part_rates[name.partition(".")[0]] for name in names}, own)
+
+
+def by_layer(option: str, names: list[str], values: Mapping[str, Value], own: Mapping[str, Value]) -> dict[str, Value]:
+    """`values`, overruled by the last glob or block in `own` that matches a layer's name. Raises ConfigError for one that matches none."""
+    found = dict(values)
+    for glob, value in own.items():
         globs = block_globs(glob)
         matched = [name for name in names if any(fnmatchcase(name, g) for g in globs)]
         if not matched:
-            raise ConfigError(f"optimizer.layer_rates: {glob!r} matches no adapted layer; names look like {names[0]} (see run.log).")
-        rates |= dict.fromkeys(matched, rate)
-    return rates
+            raise ConfigError(f"{option}: {glob!r} matches no adapted layer; names look like {names[0]} (see run.log).")
+        found |= dict.fromkeys(matched, value)
+    return found
+
+
+class Average:
+    """A running average of parameters. Its decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the start is
+    forgotten soon (as in TensorFlow's ExponentialMovingAverage)."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
+        self.parameters, self.decay = list(parameters), decay
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """After update number `updates`, which counts from 1."""
+        decay = min(self.decay, (1 + updates) / (10 + updates))
+        for value, parameter in zip(self.values, self.parameters, strict=True):
+            value.lerp_(parameter, 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The parameters hold the average; afterwards they are what they were."""
+        kept = [p.detach().clone() for p in self.parameters]
+        self._fill(self.values)
+        try:
+            yield
+        finally:
+            self._fill(kept)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {str(number): value for number, value in enumerate(self.values)}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for number, value in enumerate(self.values):
+            value.copy_(tensors[str(number)])
+
+    @torch.no_grad()
+    def _fill(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
 
 def block_globs(text: str) -> list[str]:

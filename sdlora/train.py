@@ -33,10 +33,11 @@ from sdlora.lora import formats
 from sdlora.lora.embedding_norm import BaseNorms, embedding_norms, norm_drift, norm_loss, pinned_loss
 from sdlora.lora.layers import LoraLayer, disabled
 from sdlora.lora.metadata import kohya_metadata
+from sdlora.lora.scaling import SCALINGS
 from sdlora.lora.targets import find_targets, inject, seeded_generator
 from sdlora.models import families, memory
 from sdlora.models.family import Family, Model, PicturePrompt
-from sdlora.optim import layer_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors, rate_factor, set_rates
+from sdlora.optim import Average, by_layer, layer_rates, load_optimizer_tensors, make_optimizer, optimizer_tensors, rate_factor, set_rates
 from sdlora.run import Run
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def train(run: Run) -> Iterator[events.Event]:
         weight_decay=config.optimizer.weight_decay,
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    average = Average(parameters, config.optimizer.ema)  # at decay 0 it is the parameters themselves, after every step
     yield describe(config, model, items, plan, layers)
     for path, reason in skipped:
         yield events.Warned(f"Skipped {path.name}: {reason}")
@@ -102,7 +104,7 @@ def train(run: Run) -> Iterator[events.Event]:
             frozen_embeds.update(zip(missing, base_embeds(family, model, trained, missing), strict=True))
         return torch.stack([frozen_embeds[c] for c in prompts])
 
-    step = restore(run, layers, optimizer)
+    step = restore(run, layers, optimizer, average)
     if step:
         yield events.Resumed(step)
     elif prompts:
@@ -175,6 +177,7 @@ def train(run: Run) -> Iterator[events.Event]:
             for layer in trained:
                 layer.alpha.data.clamp_(min=config.lora.alpha_floor)
         step += 1
+        average.update(step)
         yield events.Stepped(
             step,
             config.train.steps,
@@ -186,19 +189,22 @@ def train(run: Run) -> Iterator[events.Event]:
         )
 
         if config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step < config.train.steps:
-            yield save(run, layers, optimizer, step)
+            yield save(run, layers, optimizer, average, step)
         if prompts and config.preview.every and step % config.preview.every == 0 and step < config.train.steps:
-            draw_previews(run, family, model, prompts, step)
+            with average.in_place():
+                draw_previews(run, family, model, prompts, step)
             yield events.Previewed(step, str(save_grid(run, prompts, [("LoRA", step)], f"step-{step:08d}.png")))
 
-    yield save(run, layers, optimizer, step)
-    export(run, family, model, items, layers, step)
+    yield save(run, layers, optimizer, average, step)
+    with average.in_place():
+        export(run, family, model, items, layers, step)
     yield events.Exported(step, str(run.export))
     if step < config.train.steps:
         yield events.Stopped(step)
         return
     if prompts:
-        draw_previews(run, family, model, prompts, step)
+        with average.in_place():
+            draw_previews(run, family, model, prompts, step)
         yield events.Previewed(step, str(save_grid(run, prompts, [("base model", 0), ("with LoRA", step)], "before-after.png")))
     yield events.Finished(step, str(run.export))
 
@@ -361,17 +367,23 @@ def adapt(model: Model, config: Config) -> tuple[dict[str, LoraLayer], dict[str,
     if not rates:
         raise ConfigError("optimizer: every layer's rate is 0, so there is nothing to train.")
     known = formats.read_alphas(config.lora.alpha_from) if config.lora.alpha_from else {}
-    alphas = {name: known.get(formats.webui_name(name), config.lora.alpha) for name in rates}
+    alphas = {name: known[formats.webui_name(name)] for name in rates if formats.webui_name(name) in known}
     unmatched = [name for name in rates if formats.webui_name(name) not in known] if known else []
-    if len(unmatched) == len(rates):
+    if known and not alphas:
         raise ConfigError(f"lora.alpha_from: {config.lora.alpha_from} has none of the layers that are adapted here.")
     dead = [name for name, alpha in alphas.items() if alpha == 0]
     if dead:
         raise ConfigError(f"lora.alpha_from: {config.lora.alpha_from} has alpha 0 for {dead[0]}, from which nothing can be learned.")
 
+    ranks = by_layer("lora.layer_ranks", list(rates), dict.fromkeys(rates, config.lora.rank), config.lora.layer_ranks)
+
     def make(name: str, base: Any) -> LoraLayer:
         options, generator = config.lora, seeded_generator(config.train.seed, name)
-        return LoraLayer(base, options.rank, alphas[name], options.init, options.learned_alpha, generator, options.scaling)
+        rank = min(ranks[name], *base.weight.flatten(1).shape)
+        # lora.alpha is given for lora.rank: layers of another rank get that which keeps the scale.
+        scale = SCALINGS[options.scaling]
+        alpha = alphas.get(name, options.alpha * scale(options.rank) / scale(rank))
+        return LoraLayer(base, rank, alpha, options.init, options.learned_alpha, generator, options.scaling)
 
     layers: dict[str, LoraLayer] = {}
     for part, module in model.parts.items():
@@ -433,18 +445,18 @@ def estimate_memory(config: Config, model: Model, trainable: int, bucket: tuple[
     return held + trainable * 4 * 3 + activations
 
 
-def save(run: Run, layers: dict[str, LoraLayer], optimizer: torch.optim.Optimizer, step: int) -> events.Saved:
+def save(run: Run, layers: dict[str, LoraLayer], optimizer: torch.optim.Optimizer, average: Average, step: int) -> events.Saved:
     adapter = checkpoint.flatten({name: layer.state() for name, layer in layers.items()})
     state = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     written = checkpoint.save(
         run.checkpoints,
-        checkpoint.Checkpoint(step, {"adapter": adapter, "optimizer": optimizer_tensors(optimizer)}, state),
+        checkpoint.Checkpoint(step, {"adapter": adapter, "optimizer": optimizer_tensors(optimizer), "average": average.tensors()}, state),
         run.config.train.keep_checkpoints,
     )
     return events.Saved(step, str(written))
 
 
-def restore(run: Run, layers: dict[str, LoraLayer], optimizer: torch.optim.Optimizer) -> int:
+def restore(run: Run, layers: dict[str, LoraLayer], optimizer: torch.optim.Optimizer, average: Average) -> int:
     """Take back the newest checkpoint's state; returns its step, 0 where there is none."""
     newest = checkpoint.load_newest(run.checkpoints)
     if newest is None:
@@ -455,6 +467,7 @@ def restore(run: Run, layers: dict[str, LoraLayer], optimizer: torch.optim.Optim
     for name, layer in layers.items():
         layer.load_state(saved[name])
     load_optimizer_tensors(optimizer, newest.tensors["optimizer"])
+    average.load_tensors(newest.tensors["average"])
     return newest.step
 
 

@@ -8,6 +8,7 @@ from sdlora.errors import ConfigError
 from sdlora.lora.layers import LoraLayer
 from sdlora.optim import (
     SCHEDULES,
+    Average,
     block_globs,
     layer_rates,
     load_optimizer_tensors,
@@ -111,3 +112,18 @@ def test_state_round_trip_continues_in_the_same_bits() -> None:
     step(other, second)
     for name in NAMES:
         assert torch.equal(one[name].up, other[name].up) and torch.equal(one[name].alpha, other[name].alpha)
+
+
+def test_average_by_hand() -> None:
+    parameter = nn.Parameter(torch.tensor([0.0]))
+    average = Average([parameter], 0.9)
+    parameter.data.fill_(11.0)
+    average.update(1)  # decay min(0.9, 2 / 11)
+    assert average.values[0].tolist() == pytest.approx([9.0])
+    with average.in_place():
+        assert parameter.tolist() == pytest.approx([9.0])
+    assert parameter.tolist() == [11.0]
+    without = Average([parameter], 0.0)
+    parameter.data.fill_(5.0)
+    without.update(1)
+    assert torch.equal(without.values[0], parameter.detach())

@@ -20,6 +20,7 @@ from sdlora.errors import ConfigError, DataError, TrainingError, WeightsError
 from sdlora.lora import formats
 from sdlora.lora.inits import INITS
 from sdlora.models import families
+from sdlora.optim import Average
 from sdlora.train import adapt, restore, train
 
 
@@ -217,6 +218,32 @@ def test_noise_and_loss_options_resume_in_the_same_bits(make: Any, options: dict
     assert whole != losses(train(make()))
 
 
+def test_the_average_is_what_is_exported_and_resumes(make: Any) -> None:
+    plain, straight, broken = make(ema=0), make(ema=0.9), make(ema=0.9)
+    series = losses(train(plain))
+    assert losses(train(straight)) == series  # training itself does not see the average
+    stream = train(broken)
+    list(takewhile(lambda e: not (isinstance(e, events.Saved) and e.step == 4), stream))
+    stream.close()
+    list(train(broken))
+    last, averaged, resumed = load_file(plain.export), load_file(straight.export), load_file(broken.export)
+    assert all(torch.equal(averaged[key], resumed[key]) for key in averaged)
+    key = next(key for key in last if key.endswith("lora_up.weight"))
+    assert 0 < averaged[key].norm() < last[key].norm()
+
+
+def test_ranks_by_layer_keep_the_scale_and_stop_at_the_weight(make: Any) -> None:
+    of = make(layer_ranks='{"mid" = 2, "te.0" = 1000}', learned_alpha="false")
+    list(train(of))
+    factors, _ = formats.load(of.export)
+    ranks = {name: down.shape[0] for name, (down, _, _) in factors.items()}
+    assert ranks["lora_unet_mid_block_attentions_0_proj_in"] == 2
+    assert ranks["lora_te_text_model_encoder_layers_0_mlp_fc1"] == 16  # its weight is 32 x 16
+    assert ranks["lora_te_text_model_encoder_layers_1_mlp_fc1"] == 4
+    with pytest.raises(ConfigError, match=r"lora\.layer_ranks"):
+        next(train(make(layer_ranks='{"nothing" = 2}')))
+
+
 def test_the_text_encoder_rests_after_its_steps(make: Any) -> None:
     kept, longer = make(steps=4, text_encoder_steps=2, schedule="constant"), make(steps=2, schedule="constant")
     list(train(kept))
@@ -355,4 +382,4 @@ def test_restore_refuses_a_checkpoint_of_other_layers(make: Any) -> None:
     of = make()
     list(train(of))
     with pytest.raises(TrainingError, match="other layers"):
-        restore(of, {}, torch.optim.SGD([torch.zeros(1)]))
+        restore(of, {}, torch.optim.SGD([torch.zeros(1)]), Average([], 0.0))

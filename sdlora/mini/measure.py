@@ -37,6 +37,8 @@ class Options:
     pictures: int = 0
     """Pictures a measurement; 0 takes the gate's own number: 200 of base prompts, 50 of the concept."""
     seed: int = 20_000
+    pinned: tuple[str, ...] = ()
+    """Prompts that training pinned: base prompts with kinds that none of them names are then measured on their own, too."""
     sheet: Path | None = None
     """Write the pictures that were judged, as one PNG."""
 
@@ -83,6 +85,11 @@ def judge(scenes: Iterable[world.Scene], pictures: Iterable[Image.Image]) -> dic
     }
 
 
+def named(scene: world.Scene, prompts: Sequence[str]) -> bool:
+    """Whether any of these prompts names a kind that the scene shows."""
+    return any(thing.kind in prompt.split() for thing in scene.things for prompt in prompts)
+
+
 def reconstructions(model: Model, scenes: Sequence[world.Scene], seed: int) -> list[Image.Image]:
     from sdlora.data.images import to_tensor
 
@@ -113,6 +120,9 @@ def measure(options: Options) -> dict[str, Any]:
     if options.lora is not None:  # leakage: the concept where nobody asked for it
         seen = [oracle.see(picture) for picture in drawn["base prompts"][1]]
         results["base prompts"]["concept unasked"] = sum(any(t.kind == CONCEPT for t in s.things) for s in seen) / len(seen)
+        rare = [pair for pair in zip(*drawn["base prompts"], strict=True) if not named(pair[0], options.pinned)]
+        if options.pinned and rare:
+            results["not pinned"] = judge(*zip(*rare, strict=True))
     if options.sheet:
         contact_sheet([picture for _, pictures in drawn.values() for picture in pictures]).save(options.sheet)
     return results
