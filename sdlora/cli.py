@@ -64,11 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Options of a training run belong to config.py: argparse sees what stands before them.
     is_option = [word.startswith("--") and word not in ("--help", "--version") for word in words]
-    split = is_option.index(True) if words[:1] in (["train"], ["plan"]) and True in is_option else len(words)
+    takes_options = words[:1] in (["train"], ["plan"])
+    split = is_option.index(True) if takes_options and True in is_option else len(words)
     parsed, rest = parser.parse_known_args(words[:split])
     rest += words[split:]
     try:
-        if rest and parsed.call not in (train_command, plan_command):
+        if rest and not takes_options:
             raise ConfigError(f"{rest[0]} is not an option of this command; see `sdlora --help`.")
         parsed.flags = pairs(rest)
         return int(parsed.call(parsed))

@@ -44,7 +44,6 @@ def plan(config: Config) -> Plan:
 
 
 def _row(name: str, layer: LoraLayer, rate: float, up_ratio: float) -> LayerPlan:
-    trained = [p for p in (layer.down, layer.up, layer.alpha) if p.requires_grad]
     return LayerPlan(
         name=name,
         shape=tuple(layer.base.weight.shape),
@@ -52,5 +51,5 @@ def _row(name: str, layer: LoraLayer, rate: float, up_ratio: float) -> LayerPlan
         scale=float(layer.scale.detach()),
         down_rate=rate if layer.down.requires_grad else 0.0,
         up_rate=rate * up_ratio,
-        parameters=sum(p.numel() for p in trained),
+        parameters=layer.trained_numbers,
     )

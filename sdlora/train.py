@@ -82,7 +82,7 @@ def train(run: Run) -> Iterator[events.Event]:
         weight_decay=config.optimizer.weight_decay,
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    average = Average(parameters, config.optimizer.ema)  # at decay 0 it is the parameters themselves, after every step
+    average = Average(parameters if config.optimizer.ema else [], config.optimizer.ema)  # of nothing where it is not asked for
     yield describe(config, model, items, plan, layers)
     for path, reason in skipped:
         yield events.Warned(f"Skipped {path.name}: {reason}")
@@ -123,7 +123,8 @@ def train(run: Run) -> Iterator[events.Event]:
         set_rates(optimizer, factor, resting="text_encoder" if text_rests else None)
         losses, drifts, first = [], [], 0
         for part in range(config.train.accumulation):
-            indices = plan.batch(step * config.train.accumulation + part)
+            batch = step * config.train.accumulation + part
+            indices = plan.batch(batch)
             chosen = [items[index] for index in indices]
             seeds = [sample_seed(config.train.seed, step, first + k, "noise") for k in range(len(chosen))]
             captions = [
@@ -151,7 +152,6 @@ def train(run: Run) -> Iterator[events.Event]:
             if trains_text and not text_rests and config.loss.embedding_norm:
                 term = norm_loss(norms, wanted, config.loss.embedding_norm_distance, config.loss.embedding_norm_relative)
                 loss = loss + config.loss.embedding_norm * term
-            batch = step * config.train.accumulation + part
             if trains_text and not text_rests and config.loss.pinned_embedding:
                 pinned = pinned_prompts(config, batch, "pinned", PINNED_A_BATCH)
                 term = pinned_loss(family.encode_prompts(model, pinned), of_base(pinned))
@@ -368,7 +368,7 @@ def adapt(model: Model, config: Config) -> tuple[dict[str, LoraLayer], dict[str,
         raise ConfigError("optimizer: every layer's rate is 0, so there is nothing to train.")
     known = formats.read_alphas(config.lora.alpha_from) if config.lora.alpha_from else {}
     alphas = {name: known[formats.webui_name(name)] for name in rates if formats.webui_name(name) in known}
-    unmatched = [name for name in rates if formats.webui_name(name) not in known] if known else []
+    unmatched = [name for name in rates if name not in alphas] if known else []
     if known and not alphas:
         raise ConfigError(f"lora.alpha_from: {config.lora.alpha_from} has none of the layers that are adapted here.")
     dead = [name for name, alpha in alphas.items() if alpha == 0]
@@ -409,7 +409,7 @@ def describe(config: Config, model: Model, items: Sequence[Item], plan: BatchPla
     for item in items:
         width, height = item.placed.bucket
         buckets[f"{width}x{height}"] = buckets.get(f"{width}x{height}", 0) + 1
-    trainable = sum(p.numel() for layer in layers.values() for p in (layer.down, layer.up, layer.alpha) if p.requires_grad)
+    trainable = sum(layer.trained_numbers for layer in layers.values())
     largest = max((item.placed.bucket for item in items), key=lambda bucket: bucket[0] * bucket[1])
     return events.Planned(
         images=len({item.example.path for item in items}),

@@ -68,6 +68,22 @@ def losses(stream: Any) -> list[float]:
     return [event.loss for event in stream if isinstance(event, events.Stepped)]
 
 
+def killed_and_resumed(of: run.Run, step: int) -> list[events.Event]:
+    """All that a run tells which dies behind the checkpoint of `step`, and goes on from it."""
+    stream = train(of)
+    first = list(takewhile(lambda e: not (isinstance(e, events.Saved) and e.step == step), stream))
+    stream.close()  # as dead as after a kill: nothing after that checkpoint
+    second = list(train(of))
+    assert second[1] == events.Resumed(step)
+    return first + second
+
+
+def assert_same_bits(one: run.Run, other: run.Run) -> None:
+    """Of the exported files."""
+    ours, theirs = load_file(one.export), load_file(other.export)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def test_a_run_tells_its_plan_steps_and_result(make: Any) -> None:
     of = make(prompts="a cat --s 2", preview__every=4)
     told = list(events.record(train(of), of.events))
@@ -98,14 +114,8 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(make: Any, init: str) -
     straight = make(**options)
     whole = losses(train(straight))
     broken = make(**options)
-    stream = train(broken)
-    first = losses(takewhile(lambda e: not (isinstance(e, events.Saved) and e.step == 4), stream))
-    stream.close()  # as dead as after a kill: nothing after the checkpoint of step 4
-    second = list(train(broken))
-    assert second[1] == events.Resumed(4)
-    assert first + losses(second) == whole
-    one, other = load_file(straight.export), load_file(broken.export)
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert losses(killed_and_resumed(broken, 4)) == whole
+    assert_same_bits(straight, broken)
 
 
 def test_a_stop_file_ends_the_run_saved(make: Any) -> None:
@@ -193,12 +203,8 @@ def test_pinning_resumes_in_the_same_bits(make: Any) -> None:
     options = {"prior": 1, "pinned_embedding": 1, "pinned_prompts": PINS, "accumulation": 2, "scaling": "rank_stabilised"}
     straight, broken = make(**options), make(**options)
     whole = losses(train(straight))
-    stream = train(broken)
-    first = losses(takewhile(lambda e: not (isinstance(e, events.Saved) and e.step == 4), stream))
-    stream.close()
-    assert first + losses(train(broken)) == whole
-    one, other = load_file(straight.export), load_file(broken.export)
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert losses(killed_and_resumed(broken, 4)) == whole
+    assert_same_bits(straight, broken)
 
 
 NOISES: list[dict[str, Any]] = [
@@ -211,10 +217,7 @@ NOISES: list[dict[str, Any]] = [
 def test_noise_and_loss_options_resume_in_the_same_bits(make: Any, options: dict[str, Any]) -> None:
     straight, broken = make(**options), make(**options)
     whole = losses(train(straight))
-    stream = train(broken)
-    first = losses(takewhile(lambda e: not (isinstance(e, events.Saved) and e.step == 2), stream))
-    stream.close()
-    assert first + losses(train(broken)) == whole
+    assert losses(killed_and_resumed(broken, 2)) == whole
     assert whole != losses(train(make()))
 
 
@@ -222,12 +225,9 @@ def test_the_average_is_what_is_exported_and_resumes(make: Any) -> None:
     plain, straight, broken = make(ema=0), make(ema=0.9), make(ema=0.9)
     series = losses(train(plain))
     assert losses(train(straight)) == series  # training itself does not see the average
-    stream = train(broken)
-    list(takewhile(lambda e: not (isinstance(e, events.Saved) and e.step == 4), stream))
-    stream.close()
-    list(train(broken))
-    last, averaged, resumed = load_file(plain.export), load_file(straight.export), load_file(broken.export)
-    assert all(torch.equal(averaged[key], resumed[key]) for key in averaged)
+    list(killed_and_resumed(broken, 4))
+    assert_same_bits(straight, broken)
+    last, averaged = load_file(plain.export), load_file(straight.export)
     key = next(key for key in last if key.endswith("lora_up.weight"))
     assert 0 < averaged[key].norm() < last[key].norm()
 

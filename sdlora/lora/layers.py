@@ -63,6 +63,11 @@ class LoraLayer(nn.Module):
     def scale(self) -> Tensor:
         return self.alpha * self.scale_of_one
 
+    @property
+    def trained_numbers(self) -> int:
+        """How many numbers of this layer are learned."""
+        return sum(p.numel() for p in (self.down, self.up, self.alpha) if p.requires_grad)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) or (B, I, H, W); the base's dtype and the autocast dtype rule the arithmetic."""
         result: Tensor = self.base(x)

@@ -46,15 +46,19 @@ def results() -> dict[tuple[str, int], dict[str, float]]:
     return {(r["row"], r["seed"]): r["figures"] for r in read}
 
 
+def run_name(row: str, seed: int) -> str:
+    return f"{list(ROWS).index(row)}-{seed}"
+
+
 def train_and_measure(row: str, seed: int) -> None:
-    name = f"{list(ROWS).index(row)}-{seed}"
+    name = run_name(row, seed)
     shutil.rmtree(RUNS / name, ignore_errors=True)
     fixed = {"preview.prompts": "[]", "output.runs": str(RUNS), "output.name": name, "train.seed": str(seed), "train.threads": "1"}
     flags = [word for key, value in (fixed | ROWS[row]).items() for word in (f"--{key}", value)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    log = (RUNS / f"{name}.log").open("w")
-    subprocess.run([sys.executable, "-m", "sdlora", "train", str(CONFIG), *flags], env=environment, stdout=log, stderr=log, check=True)
-    subprocess.run([sys.executable, str(Path(__file__)), "--measure", row, str(seed)], env=environment, stderr=log, check=True)
+    with (RUNS / f"{name}.log").open("w") as log:
+        subprocess.run([sys.executable, "-m", "sdlora", "train", str(CONFIG), *flags], env=environment, stdout=log, stderr=log, check=True)
+        subprocess.run([sys.executable, str(Path(__file__)), "--measure", row, str(seed)], env=environment, stderr=log, check=True)
 
 
 def measure(row: str, seed: int) -> None:
@@ -65,7 +69,7 @@ def measure(row: str, seed: int) -> None:
     from sdlora.mini.measure import measure as by_oracle
 
     torch.set_num_threads(1)
-    name = f"{list(ROWS).index(row)}-{seed}"
+    name = run_name(row, seed)
     pinned = config.load([CONFIG]).loss.pinned_prompts
     found = by_oracle(Options(lora=RUNS / name / f"{name}.safetensors", pinned=pinned))
     drifts = [e.embedding_norm_drift for e in events.read(RUNS / name / "events.jsonl") if isinstance(e, events.Stepped)]
