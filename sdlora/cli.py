@@ -15,7 +15,7 @@ from types import FrameType
 
 from sdlora import __version__, config, events
 from sdlora import run as runs
-from sdlora.errors import ConfigError, SdloraError
+from sdlora.errors import ConfigError, SdloraError, WeightsError
 
 OPTION_HELP = "Any option follows as --section.key VALUE, or --key VALUE where the key is unique: see `sdlora options`."
 
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("alphas", help="show which layers a LoRA chose to change, by their learned alphas")
     command.add_argument("file", type=Path, help="LoRA file")
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them, a row for each block")
     command.set_defaults(call=alphas_command)
 
     command = commands.add_parser("options", help="list every training option with its meaning and default")
@@ -140,7 +141,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
     from sdlora import preview
     from sdlora.lora import formats
     from sdlora.models import families
-    from sdlora.train import DTYPES, pick_device
+    from sdlora.models.device import DTYPES, pick_device
 
     prompts = [preview.parse_prompt(line, steps=20, guidance=7.0) for line in lines]
     files = [split_strength(text) for text in parsed.lora]
@@ -148,8 +149,8 @@ def generate_command(parsed: argparse.Namespace) -> int:
     family, model = families.load(parsed.base, DTYPES[parsed.precision], pick_device(parsed.device))
     for prompt in prompts:
         preview.check_size(prompt, model.size_multiple)
-    for factors, strength in loaded:
-        formats.merge(model.parts, factors, strength)
+    for changes, strength in loaded:
+        formats.merge(model.parts, changes, strength)
     parsed.out.mkdir(parents=True, exist_ok=True)
     used = "".join(f" <lora:{path.stem}:{strength:g}>" for path, strength in files)
     number = 1 + max((int(p.stem) for p in parsed.out.glob("*.png") if p.stem.isdigit()), default=-1)
@@ -171,40 +172,44 @@ def plan_command(parsed: argparse.Namespace) -> int:
     for layer in found.layers:
         shape = "x".join(map(str, layer.shape))
         rates = f"{layer.down_rate:<9.3g}  {layer.up_rate:<8.3g}"
-        print(f"{layer.name:{width}}  {shape:>16}  {layer.rank:4}  {layer.scale:<8.4g}  {rates}  {layer.parameters:>10,}")
+        rank, scale = layer.rank or "full", "-" if layer.scale is None else f"{layer.scale:.4g}"
+        print(f"{layer.name:{width}}  {shape:>16}  {rank:>4}  {scale:<8}  {rates}  {layer.parameters:>10,}")
     shares = ", ".join(f"{share:.1%} of {part.replace('_', ' ')}" for part, share in found.adapted_weights.items())
     print(f"\n{len(found.layers)} layers, {sum(layer.parameters for layer in found.layers):,} parameters, init {found.init}")
     print(f"Weights that adapters change: {shares}")
-    print(f"Learned alphas: {f'rate {found.alpha_rate:g}' if found.alpha_rate else 'none'}")
+    print(f"Learned alphas: {f'rate {found.alpha_rate:g} of where they start' if found.alpha_rate else 'none'}")
     if found.unmatched:
         print(f"Without an alpha in lora.alpha_from, so at lora.alpha: {', '.join(found.unmatched)}")
     return 0
 
 
 def alphas_command(parsed: argparse.Namespace) -> int:
-    """A histogram over layers, then the layers that moved furthest from the median."""
+    """A histogram over layers, then the layers that moved furthest from the median; a picture where one is asked for."""
     from statistics import median
 
+    from sdlora.analysis import alphas as analysis
     from sdlora.lora import formats
 
     alphas = formats.read_alphas(parsed.file)
+    if not alphas:
+        raise WeightsError(f"{parsed.file} has no alphas: it holds no low-rank layers.")
     middle, low, high = median(alphas.values()), min(alphas.values()), max(alphas.values())
     print(f"{len(alphas)} layers: alpha {low:.4g} to {high:.4g}, median {middle:.4g}")
     if low == high:
         print("All alike: this file's alphas were not learned.")
         return 0
-    bins = 10
-    edges = [low + (high - low) * k / bins for k in range(bins + 1)]
-    counts = [0] * bins
-    for alpha in alphas.values():
-        counts[min(bins - 1, int((alpha - low) / (high - low) * bins))] += 1
-    for k, count in enumerate(counts):
-        print(f"{edges[k]:9.4g} .. {edges[k + 1]:9.4g}  {'#' * round(40 * count / max(counts)):40}  {count}")
+    rows = analysis.histogram(alphas)
+    most = max(count for *_, count in rows)
+    for left, right, count in rows:
+        print(f"{left:9.4g} .. {right:9.4g}  {'#' * round(40 * count / most):40}  {count}")
     ordered = sorted(alphas.items(), key=lambda item: item[1])
-    for title, rows in (("Changed most", ordered[::-1][:10]), ("Changed least", ordered[:10])):
+    for title, shown_rows in (("Changed most", ordered[::-1][:10]), ("Changed least", ordered[:10])):
         print(f"\n{title}:")
-        for name, alpha in rows:
+        for name, alpha in shown_rows:
             print(f"{alpha:9.4g}  {name}")
+    if parsed.plot:
+        analysis.plot(alphas, parsed.plot, f"{parsed.file.name}: what each layer learned")
+        print(f"\nPicture: {shown(parsed.plot)}")
     return 0
 
 
@@ -248,7 +253,7 @@ def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
     from tqdm import tqdm
 
     bar: tqdm[None] | None = None
-    started, smooth, finished, grid = 0, None, None, ""
+    started, smooth, finished, grid, lost, alphas = 0, None, None, "", "", ""
     for event in stream:
         match event:
             case events.Planned():
@@ -263,11 +268,15 @@ def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
                     interval = 0.2 if sys.stderr.isatty() else 30.0
                     bar = tqdm(total=event.steps, initial=started, unit="step", mininterval=interval, dynamic_ncols=True, desc="Training")
                 smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
-                figures = f"loss {smooth:.4f}, rate {event.rate:.1e}, norm drift {event.embedding_norm_drift:.1%}, alpha {event.alpha:.2f}"
+                figures = f"loss {smooth:.4f}, rate {event.rate:.1e}, norm drift {event.embedding_norm_drift:.1%}{alphas}"
                 bar.set_postfix_str(figures, refresh=False)
                 bar.update()
+            case events.Measured(alphas=found) if found:
+                alphas = f", alpha {found[2]:.3g} ({found[0]:.3g} to {found[-1]:.3g})"
             case events.Previewed(path=path):
                 grid = path
+            case events.Exported() if event.lost:
+                lost = f"The file is the nearest of its rank: it leaves out {event.lost:.2%} of the change, most of {event.worst}."
             case events.Stopped(step=step):
                 finished = f"Stopped after step {step}; all is saved. Go on with: {program()} resume {shown(run.folder)}"
             case events.Finished(path=path):
@@ -277,6 +286,8 @@ def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
                 finished = f"{pictures}LoRA: {shown(Path(path))}   Next: {again}"
     if bar is not None:
         bar.close()
+    if lost:
+        yield lost
     if finished:
         yield finished
 

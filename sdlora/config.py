@@ -26,7 +26,20 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=10)]
-TargetGroup = Literal["attention", "feed_forward", "projection", "resnet", "resample", "time", "input_output"]
+Dropped = Annotated[float, Field(ge=0, lt=1)]
+TargetGroup = Literal[
+    "attention",
+    "feed_forward",
+    "projection",
+    "resnet",
+    "resample",
+    "time",
+    "input_output",
+    "attention+ff",
+    "all-linear",
+    "all-linear+conv",
+    "everything",
+]
 
 
 class ModelOptions(Section):
@@ -36,6 +49,17 @@ class ModelOptions(Section):
 class DataOptions(Section):
     folder: Path = Field(
         Path("pictures"), description="Folder of pictures, each with its caption in a .txt or .caption file of the same stem."
+    )
+    class_noun: str = Field(
+        "", description="What your subject is, without the trigger word ('cat'): the first pinned prompt where you list none."
+    )
+    regularisation_folder: Path | None = Field(
+        None,
+        description="Pictures of the class without your subject (as many an epoch as training pictures), with captions, or with "
+        "data.class_noun as the caption.",
+    )
+    masks: Literal["off", "file", "alpha"] = Field(
+        "off", description="Train a part of pictures only: what is white in NAME-masklabel.png beside NAME.png, or what alpha shows."
     )
     trigger: str = Field("", description="Trigger word: replaces {trigger} in captions, or is put before those that lack it.")
     missing_caption: Literal["error", "empty", "trigger"] = Field(
@@ -60,13 +84,20 @@ class DataOptions(Section):
 
 
 class LoraOptions(Section):
-    rank: int = Field(16, ge=1, le=1024, description="Rank of each layer's update.")
-    layer_ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = Field(
+    kind: Literal["lora", "dora", "mora", "full"] = Field(
+        "lora",
+        description="What is trained of a layer: 'lora', two thin matrices; 'dora', these and the size of each input channel; 'mora', one "
+        "square matrix of as many numbers, of far higher rank; 'full', every weight, as a reference. See output.format.",
+    )
+    rank: int = Field(16, ge=1, le=2048, description="Rank of each layer's update, or less where the weight's smaller side is less.")
+    layer_ranks: dict[str, Annotated[int, Field(ge=1, le=2048)]] = Field(
         default_factory=dict,
-        description="Own ranks by glob or block, as in optimizer.layer_rates; alpha follows, so that the scale stays. No layer's rank "
-        "exceeds the smaller side of its weight.",
+        description="Own ranks by glob, block or group, as in optimizer.layer_rates; alpha follows, so that the scale stays.",
     )
     alpha: float = Field(16.0, gt=0, le=4096, description="Starting alpha: the update is scaled by alpha / rank, or as `scaling` says.")
+    layer_alphas: dict[str, Annotated[float, Field(gt=0, le=4096)]] = Field(
+        default_factory=dict, description="Own starting alphas by glob, block or group."
+    )
     scaling: Literal["standard", "rank_stabilised"] = Field(
         "standard", description="Scale of the update: 'standard' is alpha / rank, 'rank_stabilised' is alpha / sqrt(rank)."
     )
@@ -77,34 +108,82 @@ class LoraOptions(Section):
     alpha_from: Path | None = Field(
         None, description="An earlier LoRA file: each layer's alpha starts from what that run learned, matched by name."
     )
-    init: Literal["kaiming", "gaussian", "orthonormal", "orthogonal", "down_zero", "pissa", "milora", "olora"] = Field(
+    init: Literal[
+        "kaiming", "gaussian", "orthonormal", "orthogonal", "down_zero", "pissa", "milora", "olora", "svd_energy", "gradient", "activation"
+    ] = Field(
         "kaiming",
         description="Start of the matrices. Random down and zero up: 'kaiming', 'gaussian'; random up and zero down: 'down_zero'; "
         "down frozen at singular values 1: 'orthonormal'; both random, their product zero: 'orthogonal'; from the base weight's largest "
-        "or smallest singular vectors, 'pissa' and 'milora', or from its QR decomposition, 'olora'.",
+        "or smallest singular vectors, 'pissa' and 'milora', or those that hold half its energy, 'svd_energy', or from its QR "
+        "decomposition, 'olora'; from the loss gradient (LoRA-GA) or the layers' inputs (EVA) in a few batches: 'gradient', 'activation'.",
     )
+    calibration_batches: int = Field(8, ge=1, le=1000, description="Batches that the inits 'gradient' and 'activation' look at.")
     unet: tuple[TargetGroup, ...] = Field(
-        ("attention", "feed_forward", "projection"),
-        description="UNet layers that are adapted; empty for none. kohya's scripts ignore 'input_output' in a file.",
+        ("attention+ff",),
+        description="UNet layers that are adapted; empty for none. Groups: attention, feed_forward, projection, resnet, resample, time, "
+        "input_output (which kohya's scripts ignore). Sets of groups: attention+ff (with the projections), all-linear, all-linear+conv, "
+        "everything.",
     )
     text_encoder: tuple[Literal["attention", "feed_forward"], ...] = Field(
         ("attention", "feed_forward"), description="Text-encoder layers that are adapted; empty for none."
     )
+    biases: bool = Field(False, description="Also train the biases of adapted layers; needs output.format = 'exact'.")
+    norms: bool = Field(False, description="Also train the norms of the parts that are adapted; needs output.format = 'exact'.")
+    dropout: Dropped = Field(0.0, description="Share of a layer's inputs that its update does not see in a step.")
+    rank_dropout: Dropped = Field(0.0, description="Share of a layer's ranks that are left out in a step, drawn for each picture.")
+    module_dropout: Dropped = Field(0.0, description="Chance that a layer's update is left out in a step.")
+    max_norm: float | None = Field(
+        None, gt=0, description="Largest Frobenius norm of a layer's update; matrices are scaled down to it after each step; 1 is usual."
+    )
+    merge_every: Count = Field(
+        0,
+        description="ReLoRA: after this many steps fold the update into a full delta and start a new one, with a fresh optimizer and a "
+        "new warm-up: many low ranks add up to a high one. 0 for never.",
+    )
+
+    @model_validator(mode="after")
+    def _options_are_for_the_kind(self) -> Self:
+        if self.kind in ("mora", "full"):
+            fields = type(self).model_fields
+            idle = ("dropout", "rank_dropout", "module_dropout", "max_norm", "alpha_from", "alpha_floor", "layer_alphas")
+            for key in idle:
+                if getattr(self, key) != fields[key].get_default(call_default_factory=True):
+                    raise ValueError(f"lora.{key} is for low-rank matrices, which lora.kind = '{self.kind}' lacks: leave it out")
+        starts_from_weight = self.init in ("pissa", "milora", "olora", "svd_energy", "gradient")
+        if self.merge_every and (self.kind != "lora" or starts_from_weight or self.init == "activation"):
+            raise ValueError("lora.merge_every needs lora.kind = 'lora' and an init that neither takes from the weight nor is calibrated")
+        if self.max_norm is not None and starts_from_weight:
+            raise ValueError(f"lora.max_norm cannot hold an update that starts from the weight, as lora.init = '{self.init}' does")
+        return self
 
 
 class OptimizerOptions(Section):
-    rate: Rate = Field(1e-4, description="Peak learning rate of the UNet's adapters (AdamW).")
+    algorithm: Literal["adamw", "adamw_8bit", "prodigy", "came", "adafactor", "lion", "schedule_free"] = Field(
+        "adamw",
+        description="Optimizer of the matrices. 'prodigy' finds its rate itself: give rates of 1, which then mean shares of what it finds. "
+        "'lion' wants a tenth of AdamW's rates. 'schedule_free' wants schedule = 'constant'. 'adamw_8bit' needs CUDA and bitsandbytes. "
+        "Alphas are AdamW's whatever this says.",
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="More arguments of the optimizer's own class, by its own names: { d_coef = 0.5 }."
+    )
+    rate: Rate = Field(1e-4, description="Peak learning rate of the UNet's adapters.")
     text_encoder_rate: Rate | None = Field(None, description="Peak learning rate of the text encoder's adapters; unset: half the UNet's.")
-    alpha_rate: Rate = Field(5e-3, description="Peak learning rate of the learned alphas, in alpha's own unit a step.")
+    matched: bool = Field(
+        False,
+        description="Read rates as those of full fine-tuning: each layer's own rate is then set so that its weight moves as far as full "
+        "fine-tuning at that rate would move it. 1e-5 is usual.",
+    )
+    alpha_rate: Rate = Field(1e-3, description="Peak learning rate of the learned alphas, as a share of the starting alpha a step.")
     up_ratio: float = Field(1.0, gt=0, le=64, description="Rate of up over rate of down, as in LoRA+; 1 treats both alike.")
     layer_rates: dict[str, Rate] = Field(
         default_factory=dict,
-        description="Own rates by glob over layer names, or by block: 'down.0', 'mid', 'up.3', 'te.0-5'; the last match wins, 0 leaves a "
-        "layer out of the LoRA.",
+        description="Own rates by glob over layer names, by block ('down.0', 'mid', 'up.3', 'te.0-5'), or by group ('attention', "
+        "'unet.resnet'); the last match wins, 0 leaves a layer out of the LoRA.",
     )
-    weight_decay: Share = Field(0.01, description="AdamW's weight decay on down and up (never on alpha).")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.99), description="AdamW's betas."
+    weight_decay: Share = Field(0.01, description="Weight decay of the matrices (never of alpha).")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = Field(
+        None, description="The optimizer's betas; unset: 0.9 and 0.99 for AdamW, the optimizer's own otherwise."
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
     text_encoder_steps: Count = Field(0, description="Train the text encoder for this many steps only; 0: to the end.")
@@ -150,11 +229,22 @@ class LossOptions(Section):
     embedding_norm_relative: bool = Field(
         True, description="Deviation as a share of the base norm, so that one weight serves every model; false: in the norm's own unit."
     )
+    embedding_norm_padding: bool = Field(
+        True, description="Count the padding behind a caption's end, too: the UNet reads it like any token. false: its words alone."
+    )
+    embedding_norm_per: Literal["token", "prompt"] = Field(
+        "token", description="Hold the norm of each token, or only their mean over a prompt, which leaves single tokens free."
+    )
     pinned_prompts: tuple[str, ...] = Field(
-        (), description="Prompts that the LoRA must leave as they are: your subject's class without the trigger word, and common things."
+        (),
+        description="Prompts that the LoRA must leave as they are. Empty: data.class_noun and a dozen of common things; your own list, of "
+        "what your LoRA must not touch, holds more.",
     )
     pinned_embedding: float = Field(
         0.0, ge=0, description="Weight of the term that holds the whole text embeddings of two pinned prompts a step near the base model's."
+    )
+    pinned_distance: Literal["squared", "cosine"] = Field(
+        "squared", description="How far pinned embeddings are from the base's: squared and relative, or by angle alone."
     )
     prior: float = Field(
         0.0,
@@ -162,17 +252,13 @@ class LossOptions(Section):
         description="Weight of the base-model prior: for pinned prompts the model must predict what it predicts without the LoRA.",
     )
     prior_samples: PositiveInt = Field(1, description="Samples of the base-model prior a batch; each costs a picture's time and a half.")
+    regularisation: float = Field(1.0, ge=0, description="Weight of the pictures in data.regularisation_folder.")
+    unmasked: Share = Field(0.0, description="Weight of what a picture's mask leaves out, where data.masks is on.")
 
     @model_validator(mode="after")
     def _timesteps_are_a_range(self) -> Self:
         if self.first_timestep > self.last_timestep:
             raise ValueError(f"loss.first_timestep = {self.first_timestep} lies above loss.last_timestep = {self.last_timestep}")
-        return self
-
-    @model_validator(mode="after")
-    def _pinning_needs_prompts(self) -> Self:
-        if (self.prior or self.pinned_embedding) and not self.pinned_prompts:
-            raise ValueError("loss.prior and loss.pinned_embedding need prompts to hold: set loss.pinned_prompts")
         return self
 
 
@@ -199,6 +285,14 @@ class PreviewOptions(Section):
 
 
 class OutputOptions(Section):
+    format: Literal["plain", "exact"] = Field(
+        "plain",
+        description="'plain': down, up and alpha alone, right in every program; what is not of low rank (other kinds, merge_every) is "
+        "folded to a rank, the error told. 'exact': as it was trained, which not every program reads rightly; you are told which.",
+    )
+    largest_rank: Annotated[int, Field(ge=1, le=2048)] | None = Field(
+        None, description="Largest rank of a layer in a plain file, the error told; unset: as trained, or what keeps 99.99 % of the energy."
+    )
     runs: Path = Field(Path("runs"), description="Where run folders are made.")
     name: str = Field("lora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Name of the run and of the exported file.")
 
@@ -212,6 +306,20 @@ class Config(Section):
     train: TrainOptions = Field(default_factory=TrainOptions)
     preview: PreviewOptions = Field(default_factory=PreviewOptions)
     output: OutputOptions = Field(default_factory=OutputOptions)
+
+    @model_validator(mode="after")
+    def _an_average_outlives_no_merge(self) -> Self:
+        if self.lora.merge_every and (self.optimizer.ema or self.optimizer.algorithm == "schedule_free"):
+            raise ValueError("lora.merge_every starts its matrices anew, over which neither optimizer.ema nor schedule_free can average")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_trained_can_be_written(self) -> Self:
+        if self.output.format == "plain" and (self.lora.biases or self.lora.norms):
+            raise ValueError("lora.biases and lora.norms have no place in a plain file: set output.format = 'exact', or leave them out")
+        if self.output.format == "exact" and self.output.largest_rank is not None:
+            raise ValueError("output.largest_rank is for plain files: set output.format = 'plain', or leave it out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -345,4 +453,4 @@ def _type_name(annotation: Any) -> str:
         return f"table of {_type_name(arguments[0])} = {_type_name(arguments[1])}"
     if arguments:  # X | None
         return " or ".join("unset" if a is type(None) else _type_name(a) for a in arguments)
-    return {str: "text", int: "integer", float: "number", bool: "true | false", Path: "path"}[annotation]
+    return {str: "text", int: "integer", float: "number", bool: "true | false", Path: "path", Any: "value"}[annotation]

@@ -49,8 +49,17 @@ class Stepped:
     loss: float
     rate: float  # of the UNet's adapters, or of the text encoder's where the UNet has none
     embedding_norm_drift: float  # mean over tokens of | norm / base norm - 1 |
-    alpha: float  # mean over layers
+    embedding_norm_drift_worst: float  # the largest of them
     seconds: float  # this step took
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Now and then: how far the adapter has gone."""
+
+    step: int
+    alphas: list[float]  # smallest, quartiles and largest over layers; empty where the kind of adapter has none
+    pinned_drift: float | None  # mean over tokens of 1 - cosine between pinned prompts' embeddings and the base's; None: text untrained
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class Saved:
 class Exported:
     step: int
     path: str
+    lost: float = 0.0  # share of the change (Frobenius norm) that a file of lower rank leaves out, over all layers
+    worst: str = ""  # the layer that lost the largest share
 
 
 @dataclass(frozen=True)
@@ -89,9 +100,9 @@ class Failed:
     message: str
 
 
-Event = Planned | Warned | Resumed | Stepped | Previewed | Saved | Exported | Stopped | Finished | Failed
+Event = Planned | Warned | Resumed | Stepped | Measured | Previewed | Saved | Exported | Stopped | Finished | Failed
 KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Planned, Warned, Resumed, Stepped, Previewed, Saved, Exported, Stopped, Finished, Failed)
+    kind.__name__: kind for kind in (Planned, Warned, Resumed, Stepped, Measured, Previewed, Saved, Exported, Stopped, Finished, Failed)
 }
 LAST = (Stopped, Finished, Failed)
 

@@ -1,42 +1,33 @@
-"""Rates of layers, parameter groups, and how rates move over a run."""
+"""Optimizers and their groups, rates of layers, how rates move over a run, and the running average."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from sdlora.errors import ConfigError
-from sdlora.lora.layers import LoraLayer
-
-Value = TypeVar("Value")
 
 
-def layer_rates(names: list[str], part_rates: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:
-    """Peak rate of each layer: its part's, or that of the last glob in `own` which matches its name.
+class Trains(Protocol):
+    """A layer of which something is trained."""
 
-    Raises ConfigError for a glob that matches nothing: a rate that a user set and nobody uses is a mistake.
-    """
-    return by_layer("optimizer.layer_rates", names, {name: part_rates[name.partition(".")[0]] for name in names}, own)
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Role -> parameter. Roles: the matrices `down`, `up`, `square` and `delta`, the scalar `alpha`, the vector `magnitude`, and
+        `weight_delta` and `bias_delta` of norms and biases."""
+        ...
 
 
-def by_layer(option: str, names: list[str], values: Mapping[str, Value], own: Mapping[str, Value]) -> dict[str, Value]:
-    """`values`, overruled by the last glob or block in `own` that matches a layer's name. Raises ConfigError for one that matches none."""
-    found = dict(values)
-    for glob, value in own.items():
-        globs = block_globs(glob)
-        matched = [name for name in names if any(fnmatchcase(name, g) for g in globs)]
-        if not matched:
-            raise ConfigError(f"{option}: {glob!r} matches no adapted layer; names look like {names[0]} (see run.log).")
-        found |= dict.fromkeys(matched, value)
-    return found
+DECAYED = {"down", "up", "square", "delta"}  # roles; scalars and vectors go without, as is usual for norms and biases
 
 
 class Average:
@@ -77,51 +68,238 @@ class Average:
             parameter.copy_(value)
 
 
-def block_globs(text: str) -> list[str]:
-    """Shorthand for a block as globs: `down.0`, `mid`, `up.1-3`, `te.0-5`; anything else is a glob already."""
-    found = re.fullmatch(r"(?:(mid)|(down|up|te)\.(\d+)(?:-(\d+))?)", text)
-    if not found:
-        return [text]
-    mid, block, first, last = found.groups()
-    if mid:
-        return ["unet.mid_block.*"]
-    path = "text_encoder.text_model.encoder.layers" if block == "te" else f"unet.{block}_blocks"
-    return [f"{path}.{number}.*" for number in range(int(first), int(last or first) + 1)]
+@dataclass(frozen=True)
+class Kind:
+    """One optimizer: its class, and what that is given where the user gives nothing."""
+
+    load: Callable[[], Callable[..., torch.optim.Optimizer]]  # imports late; raises ConfigError where it cannot run
+    betas: tuple[float | None, ...]  # optimizer.betas, where set, takes the place of the first two; None: no first moment
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    reserved: Mapping[str, str] = field(default_factory=dict)  # an argument that users cannot give -> why
+    factored: bool = False  # keeps means over rows and columns in the place of a second moment
+    averages: bool = False  # eval() puts averaged weights into the parameters, train() takes them out
+
+
+class Member:
+    """A torch optimizer over a single group.
+
+    A single one, since Prodigy takes the rate of its first group for all and estimates one distance for all of them; and since a
+    group that is not stepped rests truly, whatever its optimizer would do to it at a rate of 0.
+    """
+
+    def __init__(self, name: str, kind: Kind, group: Mapping[str, Any], arguments: Mapping[str, Any]):
+        self.name, self.kind = name, kind
+        self.optimizer = kind.load()([dict(group)], **arguments)
+        self.fresh = {key: value for key, value in self.group.items() if key not in ("params", "lr")}
+
+    @property
+    def group(self) -> dict[str, Any]:
+        return self.optimizer.param_groups[0]
+
+    def step(self) -> None:
+        if self.group["lr"] == 0:
+            return
+        with as_matrices(self.group["params"]) if self.kind.factored else nullcontext():
+            self.optimizer.step()
+
+    def entries(self) -> dict[str, Any]:
+        """What has changed since it was made: "group/<name>/<entry>" and "<layer>/<role>/<entry>" -> tensor or plain value."""
+        found = {
+            f"group/{self.name}/{key}": value
+            for key, value in self.group.items()
+            if key != "params" and (key not in self.fresh or value != self.fresh[key])
+        }
+        for name, parameter in zip(self.group["names"], self.group["params"], strict=True):
+            found |= {f"{name}/{key}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
+        return found
+
+    def restore(self, owners: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take entries back, here by what stands before their last slash; with none be as freshly made, at the rate of the moment."""
+        numbers = range(len(self.group["params"]))
+        saved = {**self.fresh, "lr": self.group["lr"], **owners.get(f"group/{self.name}", {}), "params": list(numbers)}
+        state = {n: dict(owners[name]) for n, name in zip(numbers, self.group["names"], strict=True) if name in owners}
+        self.optimizer.load_state_dict({"state": state, "param_groups": [saved]})
+
+
+class Optimizer:
+    """Torch optimizers that step as one."""
+
+    def __init__(self, members: Sequence[Member]):
+        self.members = list(members)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Each with params, names ("<layer>/<role>"), lr, peak_lr, weight_decay, part, role, and what its optimizer keeps there. Read
+        them anew after `load_state` and `reset`, which replace them."""
+        return [member.group for member in self.members]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.groups for parameter in group["params"]]
+
+    def step(self) -> None:
+        """Groups whose rate is 0 rest: neither their parameters nor what is remembered of them move."""
+        for member in self.members:
+            member.step()
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def set_rates(self, factor: float, resting: str | None = None) -> None:
+        """Rates of this step; parts of the model whose names start with `resting` learn no more."""
+        for group in self.groups:
+            rests = resting is not None and group["part"].startswith(resting)
+            group["lr"] = 0.0 if rests else group["peak_lr"] * factor
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that `load_state` needs to go on to the same bits: tensors, copied to the CPU, and what JSON can hold."""
+        entries = {key: value for member in self.members for key, value in member.entries().items()}
+        # Copied, since bitsandbytes shares tensors between parameters, which safetensors refuses.
+        tensors = {key: value.detach().to("cpu", copy=True) for key, value in entries.items() if isinstance(value, Tensor)}
+        return tensors, {key: value for key, value in entries.items() if key not in tensors}
+
+    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Take back the state of an optimizer that was made of the same layers and options; what this one had is forgotten."""
+        owners: dict[str, dict[str, Any]] = defaultdict(dict)
+        # Copied, since tensors out of a file may lie unaligned, and BLAS then sums in another order.
+        for key, value in {**scalars, **{key: tensor.clone() for key, tensor in tensors.items()}}.items():
+            owner, _, entry = key.rpartition("/")
+            owners[owner][entry] = value
+        for member in self.members:
+            member.restore(owners)
+
+    def reset(self) -> None:
+        """Forget all moments, estimates and averages but those of the alphas, as if freshly made; rates stay."""
+        for member in self.members:
+            if member.group["role"] != "alpha":
+                member.restore({})
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The parameters hold what is to be drawn and exported: the averaged weights where the optimizer averages, else what they hold
+        anyway. Afterwards they are what they were."""
+        averaging: list[Any] = [member.optimizer for member in self.members if member.kind.averages]
+        kept = [(p, p.detach().clone()) for optimizer in averaging for group in optimizer.param_groups for p in group["params"]]
+        for optimizer in averaging:
+            optimizer.eval()
+        try:
+            yield
+        finally:
+            for optimizer in averaging:
+                optimizer.train()
+            for parameter, value in kept:  # since train() gets them back but for rounding
+                parameter.detach().copy_(value)
+
+
+@contextmanager
+def as_matrices(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Convolutions (O, I, kh, kw) are the matrices (O, I * kh * kw) that they compute with; afterwards they are as they were.
+
+    A factored optimizer takes the last two axes for rows and columns. Of 3 x 3 kernels it would so keep two thirds as many numbers as
+    an unfactored one, and of the 1 x 1 kernels of every up twice as many.
+    """
+    convolutions = [(p, p.data, p.grad) for p in parameters if p.dim() > 2]
+    for parameter, data, grad in convolutions:
+        parameter.grad = None  # or the gradient's shape would be held against the new one
+        parameter.data = data.view(len(data), -1)  # the same memory, or an error
+        parameter.grad = None if grad is None else grad.reshape(len(data), -1)
+    try:
+        yield
+    finally:
+        for parameter, data, grad in convolutions:
+            parameter.grad = None
+            parameter.data, parameter.grad = data, grad
 
 
 def make_optimizer(
-    layers: Mapping[str, LoraLayer],
+    layers: Mapping[str, Trains],
     rates: Mapping[str, float],
     *,
-    alpha_rate: float,
+    name: str,
+    alpha_rates: Mapping[str, float],
     up_ratio: float,
-    betas: tuple[float, float],
+    betas: tuple[float, float] | None,
     weight_decay: float,
-) -> torch.optim.AdamW:
-    """AdamW. Up matrices learn `up_ratio` times as fast as down (LoRA+, Hayou et al. 2024); alphas have their own rate and no decay."""
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = defaultdict(list)
-    for name, layer in layers.items():
-        for parameter, rate, decay in (
-            (layer.down, rates[name], weight_decay),
-            (layer.up, rates[name] * up_ratio, weight_decay),
-            (layer.alpha, alpha_rate, 0.0),
-        ):
-            if parameter.requires_grad:
-                groups[name.partition(".")[0], rate, decay].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay, "part": part}
-            for (part, rate, decay), parameters in groups.items()
-        ],
-        betas=betas,
-        fused=True,
-    )
+    arguments: Mapping[str, Any],
+    per_layer: bool = False,
+) -> Optimizer:
+    """The optimizer `name` for all that is trained, in groups of one part, role and peak rate, or of one layer and role.
+
+    Up matrices learn `up_ratio` times as fast as down (LoRA+, Hayou et al. 2024). Alphas have rates of their own and always AdamW:
+    of a scalar there is nothing to factor and no distance to estimate, and their rate so means the same beside every optimizer.
+    Raises ConfigError for arguments that the optimizer does not take, and where it cannot run.
+    """
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    own = class_arguments(name, arguments)
+    decay = own.pop("weight_decay", weight_decay)
+    for layer, adapter in layers.items():
+        part = layer.partition(".")[0]
+        for role, parameter in adapter.trained().items():
+            rate = alpha_rates[layer] if role == "alpha" else rates[layer] * (up_ratio if role == "up" else 1.0)
+            group = groups.setdefault((layer, role) if per_layer else (part, role, rate), {"params": [], "names": []})
+            group |= {"lr": rate, "peak_lr": rate, "part": part, "role": role, "weight_decay": decay if role in DECAYED else 0.0}
+            if per_layer:
+                group["layer"] = layer
+            group["params"].append(parameter)
+            group["names"].append(f"{layer}/{role}")
+    members = []
+    for key, group in groups.items():
+        kind, given = (OPTIMIZERS["adamw"], {}) if group["role"] == "alpha" else (OPTIMIZERS[name], own)
+        usual = {"betas": kind.betas if betas is None else (*betas, *kind.betas[2:])}
+        try:
+            members.append(Member("/".join(map(str, key)), kind, group, {**usual, **kind.arguments, **given}))
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"optimizer.algorithm = {name!r} does not take these options: {error}.") from None
+    return Optimizer(members)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float, resting: str | None = None) -> None:
-    """Rates of this step; the part of the model that is `resting` learns no more."""
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0 if group["part"] == resting else group["peak_lr"] * factor
+def class_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` as the class of the optimizer `name` takes them: lists become tuples, and names of dtypes dtypes.
+
+    Raises ConfigError for one that it does not have, that another option sets, or that is of another type. The signature is what
+    counts, since pytorch_optimizer's classes accept any name and ignore those that they do not know.
+    """
+    kind = OPTIMIZERS[name]
+    reserved = {"params": "what is trained is set under [lora]", "lr": "rates are set by optimizer.rate", **kind.reserved}
+    known = {
+        key: parameter.annotation
+        for key, parameter in inspect.signature(kind.load(), eval_str=True).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD and key not in reserved
+    }
+    known["betas"] = tuple[tuple(float for _ in kind.betas)]  # type: ignore[misc]  # some classes say two or three and mean two
+    for key in arguments:
+        if key in reserved:
+            raise ConfigError(f"optimizer.arguments: {key} cannot be given; {reserved[key]}.")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 3, 0.5)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"It has {', '.join(known)}."
+            raise ConfigError(f"optimizer.arguments: {name} has no argument {key}. {hint}")
+    return {key: _typed(key, value, known[key]) for key, value in arguments.items()}
+
+
+def _typed(key: str, value: Any, annotation: Any) -> Any:
+    if annotation is inspect.Parameter.empty:
+        return value
+    if annotation is torch.dtype:
+        value = getattr(torch, str(value), value)
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise ConfigError(f"optimizer.arguments: {key} = {value!r}: {message[0].lower()}{message[1:]}.") from None
+
+
+def check(name: str, schedule: str, ema: float, *, matched: bool = False) -> None:
+    """Raises ConfigError where the optimizer `name` cannot be had with a schedule, a running average, or matched rates."""
+    if OPTIMIZERS[name].averages and schedule != "constant":
+        raise ConfigError(
+            f"optimizer.schedule = {schedule!r}: {name} averages weights instead of lowering rates; set optimizer.schedule = 'constant'."
+        )
+    if OPTIMIZERS[name].averages and ema > 0:
+        raise ConfigError(f"optimizer.ema = {ema}: {name} averages weights by itself; set optimizer.ema = 0.")
+    if matched and name != "adamw":
+        raise ConfigError(f"optimizer.algorithm = {name!r}: matched rates are derived for Adam's steps; set optimizer.algorithm = 'adamw'.")
 
 
 def rate_factor(schedule: str, step: int, steps: int, warmup_steps: int, *, cycles: int = 1, power: float = 1.0) -> float:
@@ -141,14 +319,50 @@ SCHEDULES: dict[str, Callable[[float, int, float], float]] = {
 }
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state, flat: "<parameter number>/<name>" -> tensor."""
-    return {f"{index}/{name}": value for index, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
+def _of_pytorch_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
+    import pytorch_optimizer  # late: half a second that most runs need not wait for
+
+    found: Callable[..., torch.optim.Optimizer] = getattr(pytorch_optimizer, name)
+    return found
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for key, value in tensors.items():
-        index, _, name = key.partition("/")
-        state[int(index)][name] = value
-    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
+def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
+    if not torch.cuda.is_available():
+        raise ConfigError("optimizer.algorithm = 'adamw_8bit' needs an NVIDIA GPU, and there is none here: set it to 'adamw'.")
+    try:
+        import bitsandbytes
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "optimizer.algorithm = 'adamw_8bit' needs bitsandbytes: pip install 'sdlora[bitsandbytes]', or set it to 'adamw'."
+        ) from None
+    found: Callable[..., torch.optim.Optimizer] = bitsandbytes.optim.AdamW8bit
+    return found
+
+
+OPTIMIZERS: dict[str, Kind] = {
+    # Loshchilov & Hutter 2019.
+    "adamw": Kind(lambda: torch.optim.AdamW, (0.9, 0.99), {"fused": True}),
+    # Dettmers et al. 2022: moments in 8 bits, but for tensors below 4096 numbers.
+    "adamw_8bit": Kind(_adamw_8bit, (0.9, 0.99)),
+    # Mishchenko & Defazio 2023: a rate is a multiple, usually 1, of an estimated distance. As its authors advise for diffusion models.
+    "prodigy": Kind(lambda: _of_pytorch_optimizer("Prodigy"), (0.9, 0.99), {"bias_correction": True, "safeguard_warmup": True}),
+    # Luo et al. 2023: factored, with a confidence (the third beta) that scales steps; the first steps are some ten times the rate.
+    "came": Kind(lambda: _of_pytorch_optimizer("CAME"), (0.9, 0.999, 0.9999), factored=True),
+    # Shazeer & Stern 2018, at rates from outside: those of its own are for weights that do not start from zero.
+    "adafactor": Kind(
+        lambda: _of_pytorch_optimizer("AdaFactor"),
+        (None, 0.999),
+        arguments={"relative_step": False, "scale_parameter": False, "warmup_init": False, "momentum_dtype": torch.float32},
+        reserved={"relative_step": "rates are set by optimizer.rate", "warmup_init": "the warm-up is set by optimizer.warmup_steps"},
+        factored=True,
+    ),
+    # Chen et al. 2023: each number moves by the rate itself, so that a third to a tenth of AdamW's rate is usual.
+    "lion": Kind(lambda: _of_pytorch_optimizer("Lion"), (0.9, 0.99)),
+    # Defazio et al. 2024: averages weights where others let rates fall.
+    "schedule_free": Kind(
+        lambda: _of_pytorch_optimizer("ScheduleFreeAdamW"),
+        (0.9, 0.999),
+        reserved={"warmup_steps": "the warm-up is set by optimizer.warmup_steps"},
+        averages=True,
+    ),
+}

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from sdlora.errors import ConfigError
-from sdlora.models.family import PicturePrompt
+from sdlora.models.family import Family, Model, PicturePrompt
+from sdlora.run import Run
 
 FLAG = re.compile(r"\s--([a-z]+)\s+(.*?)(?=\s--[a-z]+\s|$)")
 SHOWN_SIDE = 192  # px; smaller pictures are enlarged in grids by a whole factor
@@ -60,6 +61,29 @@ def save_picture(picture: Image.Image, path: Path, prompt: PicturePrompt, *, mod
     lines = [prompt.text + lora, *([f"Negative prompt: {prompt.negative}"] if prompt.negative else []), ", ".join(fields)]
     info.add_text("parameters", "\n".join(lines))
     picture.save(path, pnginfo=info)
+
+
+def draw(run: Run, family: Family, model: Model, prompts: Sequence[PicturePrompt], step: int) -> None:
+    for number, prompt in enumerate(prompts):
+        save_picture(family.generate(model, prompt), picture_path(run, step, number), prompt, model=run.config.model.base)
+
+
+def picture_path(run: Run, step: int, number: int) -> Path:
+    return run.previews / f"{step:08d}-{number:02d}.png"
+
+
+def save_grid(run: Run, prompts: Sequence[PicturePrompt], rows: Sequence[tuple[str, int]], name: str) -> Path:
+    """Labelled grid of previews that are on disk: a row for each (label, step)."""
+    pictures = []
+    for label, step in rows:
+        row = []
+        for number in range(len(prompts)):
+            with Image.open(picture_path(run, step, number)) as picture:
+                row.append(picture.convert("RGB"))
+        pictures.append((label, row))
+    path = run.previews / name
+    grid(pictures, [prompt.text for prompt in prompts]).save(path)
+    return path
 
 
 def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str]) -> Image.Image:

@@ -14,9 +14,9 @@ LAYERS = [
     {"run"},
     {"diffusion", "lora", "data"},
     {"models", "optim"},
-    {"checkpoint", "preview", "analysis"},
+    {"checkpoint", "preview", "analysis", "adapt", "items"},
+    {"objective", "export", "plan"},
     {"train"},
-    {"plan"},
     {"cli"},
     {"__main__"},
 ]

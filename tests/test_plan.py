@@ -54,10 +54,10 @@ def test_alphas_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
     import torch
 
-    from sdlora.lora.layers import Factors
+    from sdlora.lora.change import Change, Factors
 
     path = tmp_path / "a.safetensors"
-    factors = {f"unet.a.{n}": Factors(torch.ones(2, 3), torch.ones(4, 2), 8.0) for n in range(3)}
+    factors = {f"unet.a.{n}": Change(Factors(torch.ones(2, 3), torch.ones(4, 2), 8.0)) for n in range(3)}
     formats.save(path, factors, 8.0, {formats.LEARNED_ALPHAS: json.dumps({f"lora_unet_a_{n}": 8.0 + n for n in range(3)})})
     assert main(["alphas", str(path)]) == 0
     told = capsys.readouterr().out

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,8 +17,18 @@ from sdlora.errors import DataError
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # in this order under "auto"
 # Files that belong in a folder of pictures without being one: left out without a word, as is everything that begins with a dot.
+MASK_SUFFIX = "-masklabel"  # of the stem, as OneTrainer names masks
 STRAY_STEMS = frozenset({"thumbs", "desktop", "license", "licence", "readme", "copying", "notice", "credits"})
 NAMED_IN_MESSAGES = 3
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What of a picture is trained: see `images.decode_mask`."""
+
+    path: Path
+    digest: str
+    alpha: bool
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Example:
     caption: str
     size: tuple[int, int]  # upright width and height in pixels
     digest: str  # sha256 of the file's bytes, hex
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +55,16 @@ def find_examples(
     missing_caption: Literal["error", "empty", "trigger"],
     trigger: str,
     on_bad_image: Literal["error", "skip"],
+    masks: Literal["off", "file", "alpha"] = "off",
 ) -> Found:
     """The examples directly in `folder` in natural order of their names, each picture decoded once; raises DataError.
 
-    A caption belongs to the picture of exactly the same stem. `missing_caption` also covers captions of white space only.
+    A caption belongs to the picture of exactly the same stem, and so does a mask, `cat-masklabel.png` beside `cat.jpg`, whose size must
+    be the picture's. `missing_caption` also covers captions of white space only.
     """
     files, subfolders = _list(folder)
+    mask_files = [path for path in files if _is_mask(path)]
+    files = [path for path in files if not _is_mask(path)]
     pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not pictures:
         raise DataError(f"{folder} has no pictures ({_extensions(IMAGE_SUFFIXES)}): {_contents(files, subfolders)}.")
@@ -80,7 +95,7 @@ def find_examples(
         else:
             without_caption.append(path)
             caption = trigger if missing_caption == "trigger" else ""
-        examples.append(Example(path, caption, size, digest))
+        examples.append(Example(path, caption, size, digest, Mask(path, digest, True) if masks == "alpha" else None))
 
     if not examples:
         first, reason = next(left_out for left_out in skipped if left_out[0] in pictures)
@@ -92,7 +107,36 @@ def find_examples(
             f" ({named}{', ...' if len(without_caption) > NAMED_IN_MESSAGES else ''}); write each into a file of the same name that ends in"
             f" {' or '.join(suffixes)}, or set missing_caption to 'trigger' or 'empty'."
         )
+    if masks == "file":
+        examples = _with_masks(examples, mask_files)
+    else:
+        skipped += [(path, "a mask; set data.masks = 'file' to use it") for path in mask_files]
     return Found(tuple(examples), tuple(skipped + _left_over(files, suffixes, used)))
+
+
+def _is_mask(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.stem.endswith(MASK_SUFFIX)
+
+
+def _with_masks(examples: Sequence[Example], files: Sequence[Path]) -> list[Example]:
+    """Each example with the mask of its stem, if there is one."""
+    by_stem = {path.stem.removesuffix(MASK_SUFFIX): path for path in files}
+    strays = by_stem.keys() - {example.path.stem for example in examples}
+    if strays or not files:
+        named = f"{by_stem[min(strays)].name} belongs to no picture" if strays else f"there is no NAME{MASK_SUFFIX}.png in the folder"
+        raise DataError(f"data.masks = 'file', but {named}; name each mask after its picture.")
+    found = []
+    for example in examples:
+        path = by_stem.get(example.path.stem)
+        if path is None:
+            found.append(example)
+            continue
+        size = examine(path)
+        if size != example.size:
+            wrong = size if isinstance(size, str) else "it has {}x{} pixels, and the picture {}x{}".format(*size, *example.size)
+            raise DataError(f"The mask {path} does not fit {example.path.name}: {wrong}.")
+        found.append(replace(example, mask=Mask(path, _digest(path), False)))
+    return found
 
 
 def _list(folder: Path) -> tuple[list[Path], list[Path]]:

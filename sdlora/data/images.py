@@ -62,6 +62,26 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
     return (pixels.permute(2, 0, 1).float() / 127.5 - 1).contiguous()
 
 
+def decode_mask(path: Path, alpha: bool) -> Image.Image:
+    """A mask as one upright 8-bit channel, white for what counts: the picture's brightness, or its opacity (all white where it has
+    none). Raises DataError."""
+    if not alpha:
+        return decode(path).convert("L")
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
+            return _split(picture)[1] or Image.new("L", picture.size, 255)
+    except UNREADABLE as error:
+        raise _unreadable(path, _reason(path, error)) from error
+
+
+def mask_to_tensor(mask: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """One channel of 8 bits -> float32 (1, h, w) in 0 .. 1, each the mean of the pixels that it stands for; size is (h, w)."""
+    small = mask.resize((size[1], size[0]), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small)).float()[None] / 255
+
+
 def _decode(path: Path, background: tuple[int, int, int]) -> Image.Image:
     with Image.open(path, formats=FORMATS) as picture:
         picture.load()

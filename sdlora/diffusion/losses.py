@@ -41,16 +41,21 @@ def huber_width(snr: Tensor, narrowest: float, schedule: Literal["constant", "sn
     return (1 - narrowest) / (1 + snr.rsqrt()).square() + narrowest
 
 
-def sample_errors(predicted: Tensor, target: Tensor, width: Tensor | None = None) -> Tensor:
+def sample_errors(predicted: Tensor, target: Tensor, width: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """Error of each sample, in fp32: (B, C, h, w) -> (B,). Mean squared; with `width` c (B,) the pseudo-Huber loss
-    2 c (sqrt(e^2 + c^2) - c), which is e^2 for small e."""
+    2 c (sqrt(e^2 + c^2) - c), which is e^2 for small e. `mask` (B, 1, h, w) weights latent pixels; the mean is over all of them, as in
+    kohya's trainer, so that a small subject counts less and not each of its pixels more."""
     error = predicted.float() - target.float()
     if width is None:
-        return error.square().mean(dim=(1, 2, 3))
-    c = width[:, None, None, None]
-    return (2 * c * ((error.square() + c.square()).sqrt() - c)).mean(dim=(1, 2, 3))
+        errors = error.square()
+    else:
+        c = width[:, None, None, None]
+        errors = 2 * c * ((error.square() + c.square()).sqrt() - c)
+    return (errors if mask is None else errors * mask).mean(dim=(1, 2, 3))
 
 
-def denoising_loss(predicted: Tensor, target: Tensor, weight: Tensor, width: Tensor | None = None) -> Tensor:
+def denoising_loss(
+    predicted: Tensor, target: Tensor, weight: Tensor, width: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Mean over the batch of each sample's weighted error."""
-    return (weight * sample_errors(predicted, target, width)).mean()
+    return (weight * sample_errors(predicted, target, width, mask)).mean()

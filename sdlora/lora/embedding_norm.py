@@ -1,4 +1,4 @@
-"""The loss that keeps text-embedding norms near those of the base model.
+"""The losses that keep text embeddings near those of the base model: their norms, or all of them.
 
 A text encoder that is trained on a few captions drifts: its embeddings grow or shrink, and cross-attention, which has seen
 norms in a narrow band only, answers with burnt pictures. The term pulls each token's norm towards what the base encoder gives
@@ -7,12 +7,15 @@ for the same caption; directions stay free, so the meaning can still be learned.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 HUBER_DELTA = 0.1  # of the base norm
+AT_ONCE = 32  # prompts that are encoded together
 
 
 def embedding_norms(prompt_embeds: Tensor, order: int = 2) -> Tensor:
@@ -22,10 +25,28 @@ def embedding_norms(prompt_embeds: Tensor, order: int = 2) -> Tensor:
     return prompt_embeds.float().square().sum(dim=-1).sqrt()
 
 
-def norm_loss(norms: Tensor, base_norms: Tensor, distance: str = "squared", relative: bool = True) -> Tensor:
-    """Mean over tokens of the distance between norms (B, T) and those of the base encoder, by default squared and relative."""
+def norm_loss(
+    norms: Tensor,
+    base_norms: Tensor,
+    distance: str = "squared",
+    *,
+    relative: bool = True,
+    counted: Tensor | None = None,
+    per_prompt: bool = False,
+) -> Tensor:
+    """Mean over tokens of the distance between norms (B, T) and those of the base encoder, by default squared and relative.
+
+    counted (B, T) bool: the tokens that take part; None: all. per_prompt: the distance of a prompt's mean norm in the place of each
+    token's own, averaged over prompts.
+    """
+    if counted is None:
+        counted = torch.ones_like(norms, dtype=torch.bool)
+    if per_prompt:
+        norms, base_norms = ((n * counted).sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True) for n in (norms, base_norms))
+        counted = counted[:, :1]  # the start token, which every prompt has
     unit = base_norms if relative else torch.ones_like(base_norms)
-    return DISTANCES[distance]((norms - base_norms) / unit, HUBER_DELTA * base_norms / unit).mean()
+    distances = DISTANCES[distance]((norms - base_norms) / unit, HUBER_DELTA * base_norms / unit)
+    return (distances * counted).sum() / counted.sum()
 
 
 def huber(deviation: Tensor, delta: Tensor) -> Tensor:
@@ -42,31 +63,48 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def pinned_loss(prompt_embeds: Tensor, base_embeds: Tensor) -> Tensor:
-    """How far whole embeddings (B, T, D) are from the base encoder's: squared distance of each token as a share of its base's
-    squared norm, averaged. Unlike the norm term it holds directions too, so it is for prompts that should not change at all."""
+def pinned_loss(prompt_embeds: Tensor, base_embeds: Tensor, distance: str = "squared") -> Tensor:
+    """How far whole embeddings (B, T, D) are from the base encoder's, averaged over tokens. 'squared': squared distance as a share of
+    the base's squared norm. 'cosine': 1 - cosine, which leaves lengths to the norm term.
+
+    Unlike the norm term it holds directions too, so it is for prompts that should not change at all.
+    """
+    if distance == "cosine":
+        return (1 - F.cosine_similarity(prompt_embeds.float(), base_embeds.float(), dim=-1)).mean()
     difference = (prompt_embeds.float() - base_embeds.float()).square().sum(dim=-1)
     return (difference / base_embeds.float().square().sum(dim=-1)).mean()
 
 
-def norm_drift(norms: Tensor, base_norms: Tensor) -> Tensor:
-    """Mean absolute relative deviation, for the log: 0.05 means that norms are off by 5 % on average."""
-    return (norms / base_norms - 1).abs().mean()
+def norm_drift(norms: Tensor, base_norms: Tensor) -> tuple[float, float]:
+    """Mean and largest relative deviation, for the log: 0.05 means that norms are off by 5 %."""
+    deviation = (norms / base_norms - 1).abs()
+    return float(deviation.mean()), float(deviation.max())
 
 
-class BaseNorms:
-    """Norms that the base encoder gives, computed once a caption and remembered."""
+def cosine_drift(prompt_embeds: Tensor, base_embeds: Tensor) -> float:
+    """Mean over tokens of 1 - cosine, for the log."""
+    return float(pinned_loss(prompt_embeds, base_embeds, "cosine"))
 
-    def __init__(self, encode_with_base: Callable[[list[str]], Tensor], order: int = 2):
-        """`encode_with_base`: captions -> (B, T, D), without adapters and without gradients."""
-        self._encode = encode_with_base
-        self._order = order
-        self._norms: dict[str, Tensor] = {}
 
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """(B, T) of these captions."""
-        missing = list(dict.fromkeys(c for c in captions if c not in self._norms))
-        for start in range(0, len(missing), 32):
-            part = missing[start : start + 32]
-            self._norms.update(zip(part, embedding_norms(self._encode(part), self._order).detach(), strict=True))
-        return torch.stack([self._norms[c] for c in captions])
+class Remembered:
+    """What a prompt comes to, computed once and kept for the `most` prompts that were asked for last."""
+
+    def __init__(self, compute: Callable[[list[str]], Tensor], most: int):
+        """`compute`: prompts -> (B, ...), without gradients."""
+        self._compute = compute
+        self._most = most
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """(B, ...) of these prompts."""
+        missing = list(dict.fromkeys(p for p in prompts if p not in self._known))
+        found = {p: self._known[p] for p in prompts if p in self._known}
+        for start in range(0, len(missing), AT_ONCE):
+            part = missing[start : start + AT_ONCE]
+            found |= {prompt: row.clone() for prompt, row in zip(part, self._compute(part), strict=True)}  # a view would keep the batch
+        for prompt, value in found.items():
+            self._known[prompt] = value
+            self._known.move_to_end(prompt)
+        while len(self._known) > self._most:
+            self._known.popitem(last=False)
+        return torch.stack([found[p] for p in prompts])

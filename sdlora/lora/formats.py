@@ -1,7 +1,8 @@
 """LoRA files: the names, shapes and metadata that A1111, Forge, ComfyUI, diffusers and kohya's scripts read.
 
-A module becomes `<prefix>_<path with . as _>` with `.lora_down.weight`, `.lora_up.weight` and a 0-dim `.alpha`; a reader applies
-W + strength * alpha / R * up @ down with R = down.shape[0].
+A module becomes `<prefix>_<path with . as _>`. A plain LoRA has `.lora_down.weight`, `.lora_up.weight` and a 0-dim `.alpha`; a reader
+applies W + strength * alpha / R * up @ down with R = down.shape[0]. Other changes, in files that were asked for (LyCORIS' names):
+`.dora_scale` (1, I) beside the three; `.diff` and `.diff_b`, added to weight and bias; `.w_norm` and `.b_norm`, the same of a norm.
 
 Files hold one alpha for all layers, and what a layer learned beyond it is multiplied into its `up`. The product is the same, but
 diffusers (seen in 0.42) applies the most frequent alpha to all attention and text-encoder layers, without a word, where alphas
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from sdlora.errors import TrainingError, WeightsError
-from sdlora.lora.layers import Factors
+from sdlora.lora.change import Change, Factors
 from sdlora.lora.targets import readable_name
 
 LEARNED_ALPHAS = "sdlora_learned_alphas"  # JSON: module's name in the file -> alpha
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
+FOLDABLE = nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm
 
 
 def webui_name(name: str) -> str:
@@ -35,20 +37,50 @@ def webui_name(name: str) -> str:
     return f"{PREFIXES[part]}_{path.replace('.', '_')}"
 
 
-def to_tensors(factors: Mapping[str, Factors], alpha: float) -> dict[str, Tensor]:
-    """Readable names -> the tensors of a WebUI file, fp32, with this alpha for every layer."""
+def to_tensors(changes: Mapping[str, Change], alpha: float) -> dict[str, Tensor]:
+    """Readable names -> the tensors of a WebUI file, fp32, with this alpha for every low-rank layer."""
     tensors = {}
-    for name, (down, up, own) in factors.items():
+    for name, change in changes.items():
         key = webui_name(name)
-        tensors[f"{key}.lora_down.weight"] = down.float().contiguous()
-        tensors[f"{key}.lora_up.weight"] = (up.float() * (own / alpha)).contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        if change.factors is not None:
+            down, up, own = change.factors
+            tensors[f"{key}.lora_down.weight"] = down.float().contiguous()
+            tensors[f"{key}.lora_up.weight"] = (up.float() * (own / alpha)).contiguous()
+            tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        is_norm = change.weight is not None and change.weight.dim() == 1
+        for suffix, tensor in (
+            ("dora_scale", change.dora_scale),
+            ("w_norm" if is_norm else "diff", change.weight),
+            ("b_norm" if is_norm else "diff_b", change.bias),
+        ):
+            if tensor is not None:
+                tensors[f"{key}.{suffix}"] = tensor.float().contiguous()
     return tensors
 
 
-def save(path: Path, factors: Mapping[str, Factors], alpha: float, metadata: Mapping[str, str]) -> None:
+# What programs make of each kind of tensor that a plain LoRA lacks. Measured: each program's own loader, the weight that it applied
+# compared with the file's meaning.
+READERS: dict[str, str] = {
+    "dora_scale": "DoRA is right in ComfyUI, Forge, A1111 and InvokeAI, in SD.Next on attention only; diffusers and kohya's scripts "
+    "apply it wrongly",
+    "diff": "full deltas are right in ComfyUI, Forge, A1111 and InvokeAI, in SD.Next on attention only; diffusers refuses the file, and "
+    "kohya's scripts ignore them",
+    "diff_b": "biases are right in ComfyUI and Forge; A1111 and InvokeAI ignore them beside a LoRA and refuse them alone; diffusers "
+    "refuses the file, SD.Next fails, kohya's scripts ignore them",
+    "w_norm": "norms are right in ComfyUI, Forge, A1111 and InvokeAI; SD.Next applies them wrongly, diffusers refuses the file, and "
+    "kohya's scripts ignore them",
+}
+
+
+def who_reads(changes: Iterable[Change]) -> list[str]:
+    """A line for each kind of change that not every program reads rightly."""
+    suffixes = {key.rpartition(".")[2] for key in to_tensors({f"unet.{n}": change for n, change in enumerate(changes)}, 1.0)}
+    return [line for suffix, line in READERS.items() if suffix in suffixes]
+
+
+def save(path: Path, changes: Mapping[str, Change], alpha: float, metadata: Mapping[str, str]) -> None:
     """Write a WebUI file atomically and durably. Raises TrainingError rather than export a number that is not finite."""
-    tensors = to_tensors(factors, alpha)
+    tensors = to_tensors(changes, alpha)
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise TrainingError(f"{path.name} is not exported: {broken[0]} holds numbers that are not finite; lower the learning rate.")
@@ -68,8 +100,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def load(path: Path) -> tuple[dict[str, Factors], dict[str, str]]:
-    """Factors by WebUI name (without suffix), and metadata. A missing alpha means scale 1. Raises WeightsError."""
+def load(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
+    """Changes by WebUI name (without suffix), and metadata. A missing alpha means scale 1. Raises WeightsError."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -78,45 +110,65 @@ def load(path: Path) -> tuple[dict[str, Factors], dict[str, str]]:
         raise WeightsError(f"There is no file {path}.") from None
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a readable .safetensors file: {error}.") from None
-    factors = {}
+    changes = {}
     for key in sorted({k.partition(".")[0] for k in tensors}):
-        down, up = tensors.pop(f"{key}.lora_down.weight", None), tensors.pop(f"{key}.lora_up.weight", None)
-        alpha = tensors.pop(f"{key}.alpha", None)
-        if down is None or up is None:
-            continue
-        factors[key] = Factors(down.float(), up.float(), float(down.shape[0] if alpha is None else alpha))
-    if tensors or not factors:
-        raise WeightsError(f"{path} is not a plain LoRA in the WebUI format: {', '.join(sorted(tensors)[:3]) or 'it is empty'}.")
-    return factors, metadata
+
+        def take(*suffixes: str, key: str = key) -> Tensor | None:
+            found = [tensors.pop(f"{key}.{suffix}").float() for suffix in suffixes if f"{key}.{suffix}" in tensors]
+            return found[0] if found else None
+
+        factors = None
+        if f"{key}.lora_down.weight" in tensors and f"{key}.lora_up.weight" in tensors:
+            down, up, alpha = take("lora_down.weight"), take("lora_up.weight"), take("alpha")
+            assert down is not None and up is not None
+            factors = Factors(down, up, float(down.shape[0] if alpha is None else alpha))
+        change = Change(factors, take("dora_scale"), take("diff", "w_norm"), take("diff_b", "b_norm"))
+        if factors is not None or change.weight is not None or change.bias is not None:
+            changes[key] = change
+    if tensors or not changes:
+        raise WeightsError(f"{path} is not a LoRA in the WebUI format: {', '.join(sorted(tensors)[:3]) or 'it is empty'}.")
+    return changes, metadata
 
 
 def read_alphas(path: Path) -> dict[str, float]:
     """WebUI name -> the alpha that the run behind a file learned, or what the file says where it is not one of ours."""
-    factors, metadata = load(path)
-    alphas = {name: own.alpha for name, own in factors.items()}
+    changes, metadata = load(path)
+    alphas = {name: change.factors.alpha for name, change in changes.items() if change.factors is not None}
     try:
         learned = json.loads(metadata.get(LEARNED_ALPHAS, "{}"))
-        alphas |= {name: float(alpha) for name, alpha in learned.items() if name in alphas}
+        alphas |= {name: float(alpha) for name, alpha in learned.items() if name in changes}
     except (ValueError, TypeError, AttributeError):
         raise WeightsError(f"{path}: its metadata {LEARNED_ALPHAS} is damaged.") from None
     return alphas
 
 
-@torch.no_grad()
-def merge(parts: Mapping[str, nn.Module], factors: Mapping[str, Factors], strength: float = 1.0) -> None:
-    """Add a file's update to the weights in place, as WebUIs do. Raises WeightsError when the model has no such layer."""
-    modules = {
+def modules_by_name(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Every module that a file may change, by its name in files."""
+    return {
         webui_name(readable_name(part, path)): module
         for part, model in parts.items()
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, FOLDABLE)
     }
-    for key, (down, up, alpha) in factors.items():
+
+
+@torch.no_grad()
+def merge(parts: Mapping[str, nn.Module], changes: Mapping[str, Change], strength: float = 1.0) -> None:
+    """Apply a file's changes to the weights in place, as WebUIs do. Raises WeightsError when the model has no such layer."""
+    modules = modules_by_name(parts)
+    for key, change in changes.items():
         module = modules.get(key)
         if module is None:
             raise WeightsError(f"The LoRA does not fit this model: it adapts {key}, which the model lacks.")
-        weight = module.weight
-        if weight.numel() != up.shape[0] * down.flatten(1).shape[1]:
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, Tensor)
+        factors = change.factors
+        if (
+            (factors is not None and weight.numel() != factors.up.shape[0] * factors.down.flatten(1).shape[1])
+            or (change.weight is not None and weight.shape != change.weight.shape)
+            or (change.bias is not None and (not isinstance(bias, Tensor) or bias.shape != change.bias.shape))
+        ):
             raise WeightsError(f"The LoRA does not fit this model: {key} has another shape.")
-        delta = strength * alpha / down.shape[0] * (up.flatten(1) @ down.flatten(1))
-        weight += delta.view_as(weight).to(weight)
+        weight += (strength * change.delta(weight)).to(weight)
+        if change.bias is not None and isinstance(bias, Tensor):
+            bias += (strength * change.bias).to(bias)

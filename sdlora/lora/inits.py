@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+# Share of a weight's squared singular values that `svd_energy` starts from: half, so that what it takes outweighs all that it leaves.
+# Weights differ widely in how many triplets that is (1 to 37 of at most 128 in the miniature's UNet), which a fixed rank cannot follow.
+ENERGY = 0.5
+# Wang et al. 2024, LoRA-GA, as in their published code: what is subtracted at the start has deviation alpha / GAMMA for inputs of
+# variance 1 and rank-stabilised scaling.
+GAMMA = 16
+NOISE = 1e-6  # of the largest singular value: what is below it in a matrix that was summed in fp32 is rounding, not direction
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,16 @@ def _from_triplets(u: Tensor, s: Tensor, vh: Tensor, rank: int, scale: float) ->
     return Start(down, up, subtract=True)
 
 
+def svd_energy(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> Start:
+    """As `pissa`, from as few of the largest triplets as hold the share ENERGY of the weight's squared singular values, R at most; the
+    other ranks start as `kaiming` does, free for what the weight does not have."""
+    u, s, vh = singular_triplets(weight)
+    shares = s.square().cumsum(0) / s.square().sum()
+    kept = min(rank, int((shares < ENERGY).sum()) + 1)
+    principal = _from_triplets(u[:, :kept], s[:kept], vh[:kept], rank, scale)
+    return _beside_kaiming(weight, rank, scale, generator, principal.down[:kept], principal.up[:, :kept])
+
+
 def olora(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> Start:
     """Up from the first R columns of Q, down from the first R rows of R, where weight = Q R (Büyükakyüz 2024, OLoRA)."""
     q, r = torch.linalg.qr(weight.double())
@@ -96,6 +114,53 @@ def orthogonal(weight: Tensor, rank: int, scale: float, generator: torch.Generat
     return Start(down.float().contiguous(), up.float().contiguous())
 
 
+def gradient(weight: Tensor, statistic: Tensor, rank: int, scale: float, generator: torch.Generator) -> Start:
+    """Down from the first R right singular vectors of the weight's gradient, `statistic` (O, I), up from the next R left ones, both
+    times O^(1/4) / sqrt(GAMMA): LoRA-GA (Wang et al. 2024), meant for rank-stabilised scaling. The first step of plain gradient
+    descent then goes along the best approximation of rank 2R to the full gradient. Where the gradient has fewer vectors, what is left
+    of down and up starts as `kaiming` does.
+
+    peft 0.21 departs from the paper: it leaves down at unit length and multiplies up by the gradient's singular values, so that the
+    step is no longer that approximation, and its start depends on the unit of the loss.
+    """
+    u, _, vh = singular_triplets(statistic)
+    size = weight.shape[0] ** 0.25 / math.sqrt(GAMMA)
+    return _beside_kaiming(weight, rank, scale, generator, size * vh[:rank], size * u[:, rank : 2 * rank])
+
+
+def activation(weight: Tensor, statistic: Tensor, rank: int, scale: float, generator: torch.Generator) -> Start:
+    """Down from the first R right singular vectors of the layer's inputs, `statistic` (K, I), up zero: EVA (Paischer et al. 2024),
+    without its moving of ranks between layers. Rows stay at unit length; the authors' code can also divide them by the roots of
+    their singular values ("whiten"), which it does not by default. Ranks beyond K start as `kaiming` does."""
+    return _beside_kaiming(weight, rank, scale, generator, statistic[:rank], weight.new_zeros(weight.shape[0], 0))
+
+
+def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u (O, K), s (K), vh (K, I) of a matrix (O, I), largest first, in double precision, without those below NOISE.
+
+    From the eigenvectors of the smaller Gram matrix: several times faster than a full SVD, and what squaring costs in precision
+    lies below NOISE. Signs, which are arbitrary, are chosen so that the largest entry of each right vector is positive.
+    """
+    matrix = matrix.double()
+    wide = matrix.shape[0] <= matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)  # smallest first
+    s = squares.flip(0).clamp(min=0).sqrt()
+    kept = int((s > NOISE * s[0]).sum())
+    s, vectors = s[:kept], vectors.flip(1)[:, :kept]
+    u, vh = (vectors, (vectors / s).T @ matrix) if wide else (matrix @ (vectors / s), vectors.T)
+    signs = vh.gather(1, vh.abs().argmax(dim=1, keepdim=True)).sign()  # (K, 1)
+    return u * signs.T, s, vh * signs
+
+
+def _beside_kaiming(weight: Tensor, rank: int, scale: float, generator: torch.Generator, rows: Tensor, columns: Tensor) -> Start:
+    """Down begins with `rows` (k, I), up with `columns` (O, l), k >= l; what is left of them starts as `kaiming` does, so that every
+    rank can learn."""
+    start = kaiming(weight, rank, scale, generator)
+    start.down[: rows.shape[0]] = rows.float()
+    start.up[:, : columns.shape[1]] = columns.float()
+    return replace(start, subtract=columns.shape[1] > 0)
+
+
 INITS: dict[str, Callable[[Tensor, int, float, torch.Generator], Start]] = {
     "kaiming": kaiming,
     "gaussian": gaussian,
@@ -104,5 +169,12 @@ INITS: dict[str, Callable[[Tensor, int, float, torch.Generator], Start]] = {
     "down_zero": down_zero,
     "pissa": pissa,
     "milora": milora,
+    "svd_energy": svd_energy,
     "olora": olora,
+}
+
+# (weight (O, I), statistic, rank, scale, generator) -> start; `sdlora.lora.calibrate` collects the statistics
+CALIBRATED: dict[str, Callable[[Tensor, Tensor, int, float, torch.Generator], Start]] = {
+    "gradient": gradient,
+    "activation": activation,
 }

@@ -49,6 +49,8 @@ class Family:
     load: Callable[[Path, torch.dtype, torch.device], Model]
     encode_prompts: Callable[[Model, Sequence[str]], Tensor]
     """Captions -> prompt_embeds (B, T, D); gradients flow into text-encoder adapters."""
+    token_counts: Callable[[Model, Sequence[str]], Tensor]
+    """Captions -> how many tokens come before the padding, start and end included: (B,) int64."""
     encode_images: Callable[[Model, Tensor], tuple[Tensor, Tensor]]
     """Pictures (B, 3, H, W) in -1..1 -> mean and deviation of the latents' posterior, scaled to unit variance."""
     predict: Callable[[Model, Tensor, Tensor, Tensor], Tensor]

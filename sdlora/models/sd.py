@@ -78,10 +78,17 @@ def arithmetic(model: Model) -> AbstractContextManager[Any]:
     return torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
 
+def tokenise(model: Model, prompts: Sequence[str]) -> Any:
+    return model.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+
+
 def encode_prompts(model: Model, prompts: Sequence[str]) -> Tensor:
-    tokens = model.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
     with arithmetic(model):
-        return cast(Tensor, model.parts["text_encoder"](tokens.to(model.device)).last_hidden_state.float())
+        return cast(Tensor, model.parts["text_encoder"](tokenise(model, prompts).input_ids.to(model.device)).last_hidden_state.float())
+
+
+def token_counts(model: Model, prompts: Sequence[str]) -> Tensor:
+    return cast(Tensor, tokenise(model, prompts).attention_mask.sum(dim=1))
 
 
 @torch.no_grad()
@@ -138,4 +145,4 @@ def metadata(model: Model) -> dict[str, str]:
     }
 
 
-SD = Family("sd", load, encode_prompts, encode_images, predict, generate, metadata)
+SD = Family("sd", load, encode_prompts, token_counts, encode_images, predict, generate, metadata)

@@ -1,9 +1,9 @@
-"""The embedding-norm term by hand, and that base norms are computed once a caption."""
+"""The embedding terms by hand, and that what the base encoder says is computed once a caption."""
 
 import pytest
 import torch
 
-from sdlora.lora.embedding_norm import DISTANCES, BaseNorms, embedding_norms, norm_drift, norm_loss, pinned_loss
+from sdlora.lora.embedding_norm import DISTANCES, Remembered, cosine_drift, embedding_norms, norm_drift, norm_loss, pinned_loss
 
 
 def test_numbers_by_hand() -> None:
@@ -11,7 +11,7 @@ def test_numbers_by_hand() -> None:
     assert norms.tolist() == [[5.0, 10.0]]
     base = torch.tensor([[4.0, 20.0]])
     assert float(norm_loss(norms, base)) == pytest.approx((0.25**2 + 0.5**2) / 2)
-    assert float(norm_drift(norms, base)) == pytest.approx((0.25 + 0.5) / 2)
+    assert norm_drift(norms, base) == pytest.approx(((0.25 + 0.5) / 2, 0.5))
 
 
 def test_loss_is_zero_for_any_rotation_and_pulls_towards_the_base_norm() -> None:
@@ -24,18 +24,21 @@ def test_loss_is_zero_for_any_rotation_and_pulls_towards_the_base_norm() -> None
     assert (embedding_norms(grown.detach() - 0.1 * grown.grad) < embedding_norms(grown.detach())).all()
 
 
-def test_base_norms_encode_each_caption_once() -> None:
+def test_each_caption_is_computed_once_until_it_is_forgotten() -> None:
     calls: list[list[str]] = []
 
     def encode(captions: list[str]) -> torch.Tensor:
         calls.append(captions)
         return torch.stack([torch.full((3, 4), float(len(c))) for c in captions])
 
-    norms = BaseNorms(encode)
-    first = norms(["ab", "c", "ab"])
-    assert first.shape == (3, 3) and float(first[0, 0]) == pytest.approx(4.0)
-    norms(["c", "def"])
+    known = Remembered(encode, most=2)
+    first = known(["ab", "c", "ab"])
+    assert first.shape == (3, 3, 4) and first[:, 0, 0].tolist() == [2, 1, 2]
+    known(["c", "def"])  # "ab" was asked for longest ago
+    assert known(["def", "c"])[:, 0, 0].tolist() == [3, 1]
     assert calls == [["ab", "c"], ["def"]]
+    assert known(["ab", "c", "def"])[:, 0, 0].tolist() == [2, 1, 3]  # more at once than are kept
+    assert calls[2:] == [["ab"]]
 
 
 def test_orders_distances_and_units_by_hand() -> None:
@@ -61,3 +64,19 @@ def test_pinned_loss_by_hand_sees_what_the_norm_does_not() -> None:
     turned = torch.tensor([[[4.0, 3.0], [1.0, 0.0]]])
     assert float(norm_loss(embedding_norms(turned), embedding_norms(base))) == 0
     assert float(pinned_loss(turned, base)) == pytest.approx((2 / 25 + 0) / 2)
+    assert float(pinned_loss(turned, base, "cosine")) == pytest.approx((1 - 24 / 25) / 2)
+    assert float(pinned_loss(3 * base, base, "cosine")) == pytest.approx(0, abs=1e-6)
+    assert cosine_drift(turned, base) == pytest.approx(0.02)
+
+
+def test_padding_can_be_left_out_and_a_prompt_counted_as_one() -> None:
+    norms, base = torch.tensor([[11.0, 9.0, 20.0]]), torch.tensor([[10.0, 10.0, 10.0]])
+    words = torch.tensor([[True, True, False]])
+    assert float(norm_loss(norms, base, "absolute", counted=words)) == pytest.approx(0.1)
+    assert float(norm_loss(norms, base, "absolute", per_prompt=True)) == pytest.approx(1 / 3)
+    assert float(norm_loss(norms, base, "absolute", counted=words, per_prompt=True)) == pytest.approx(0)  # 11 and 9 make 10
+    two, of_two = torch.cat([norms, norms]), torch.cat([base, base])
+    mixed = torch.tensor([[True, True, False], [True, True, True]])
+    # tokens of both prompts alike; prompts of different length alike
+    assert float(norm_loss(two, of_two, "absolute", counted=mixed)) == pytest.approx((0.1 * 4 + 1) / 5)
+    assert float(norm_loss(two, of_two, "absolute", counted=mixed, per_prompt=True)) == pytest.approx((0 + 1 / 3) / 2)

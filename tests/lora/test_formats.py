@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdlora.errors import TrainingError, WeightsError
+from sdlora.lora.change import Change, Factors
 from sdlora.lora.formats import load, merge, save, to_tensors, webui_name
-from sdlora.lora.layers import Factors
 from sdlora.lora.metadata import kohya_metadata
 
 LAYER = "unet.mid_block.attentions.0.proj_in"
@@ -36,10 +36,11 @@ def test_names() -> None:
 def test_round_trip_keys_and_hash(tmp_path: Path) -> None:
     factors = Factors(torch.randn(2, 4, 3, 3), torch.randn(5, 2, 1, 1), 1.25)
     path = tmp_path / "x.safetensors"
-    save(path, {LAYER: factors}, 1.25, {"ss_network_dim": "2"})
+    save(path, {LAYER: Change(factors)}, 1.25, {"ss_network_dim": "2"})
     read, metadata = load(path)
     assert list(read) == [webui_name(LAYER)]
-    assert torch.equal(read[webui_name(LAYER)].down, factors.down) and read[webui_name(LAYER)].alpha == 1.25
+    found = read[webui_name(LAYER)].factors
+    assert found is not None and torch.equal(found.down, factors.down) and found.alpha == 1.25
     with safe_open(path, "pt") as file:
         assert file.get_tensor(f"{webui_name(LAYER)}.alpha").shape == ()
     data = path.read_bytes()
@@ -54,7 +55,7 @@ def test_round_trip_keys_and_hash(tmp_path: Path) -> None:
 def test_one_alpha_for_all_layers_and_the_same_product() -> None:
     """diffusers applies one alpha to all layers of a kind, so files hold one: the rest of the scale goes into up."""
     learned = {"unet.a": Factors(torch.ones(2, 3), torch.ones(4, 2), 3.0), "unet.b": Factors(torch.ones(2, 3), torch.ones(4, 2), -1.0)}
-    tensors = to_tensors(learned, 2.0)
+    tensors = to_tensors({name: Change(factors) for name, factors in learned.items()}, 2.0)
     for name, (down, up, alpha) in learned.items():
         key = webui_name(name)
         assert float(tensors[f"{key}.alpha"]) == 2.0
@@ -65,21 +66,21 @@ def test_one_alpha_for_all_layers_and_the_same_product() -> None:
 def test_merge_applies_the_readers_formula() -> None:
     base = nn.Linear(2, 2, bias=False)
     nn.init.zeros_(base.weight)
-    factors = {webui_name(LAYER): Factors(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), 0.5)}
-    merge({"unet": Toy(base)}, factors, strength=2.0)
+    changes = {webui_name(LAYER): Change(Factors(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), 0.5))}
+    merge({"unet": Toy(base)}, changes, strength=2.0)
     assert base.weight.tolist() == [[3.0, 6.0], [4.0, 8.0]]
 
 
 def test_missing_alpha_means_scale_one(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({f"{webui_name(LAYER)}.lora_down.weight": torch.ones(4, 2), f"{webui_name(LAYER)}.lora_up.weight": torch.ones(3, 4)}, path)
-    assert load(path)[0][webui_name(LAYER)].alpha == 4
+    assert load(path)[0][webui_name(LAYER)].factors.alpha == 4  # type: ignore[union-attr]
 
 
 def test_refusals(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(TrainingError, match="not finite"):
-        save(path, {LAYER: Factors(torch.full((1, 2), float("nan")), torch.ones(2, 1), 1.0)}, 1.0, {})
+        save(path, {LAYER: Change(Factors(torch.full((1, 2), float("nan")), torch.ones(2, 1), 1.0))}, 1.0, {})
     assert not path.exists()
     with pytest.raises(WeightsError, match="no file"):
         load(path)
@@ -87,12 +88,12 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="not a readable"):
         load(path)
     save_file({"model.weight": torch.ones(1)}, path)
-    with pytest.raises(WeightsError, match="not a plain LoRA"):
+    with pytest.raises(WeightsError, match="not a LoRA"):
         load(path)
     with pytest.raises(WeightsError, match="lacks"):
-        merge({"unet": Toy(nn.Linear(2, 2))}, {"lora_unet_nowhere": Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)})
+        merge({"unet": Toy(nn.Linear(2, 2))}, {"lora_unet_nowhere": Change(Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0))})
     with pytest.raises(WeightsError, match="shape"):
-        merge({"unet": Toy(nn.Linear(2, 2))}, {webui_name(LAYER): Factors(torch.ones(1, 3), torch.ones(2, 1), 1.0)})
+        merge({"unet": Toy(nn.Linear(2, 2))}, {webui_name(LAYER): Change(Factors(torch.ones(1, 3), torch.ones(2, 1), 1.0))})
 
 
 def test_metadata_is_what_webuis_read() -> None:

@@ -8,9 +8,23 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from sdlora.errors import ConfigError
 from sdlora.lora.formats import webui_name
-from sdlora.lora.layers import LoraLayer
-from sdlora.lora.targets import TEXT_ENCODER_GROUPS, UNET_GROUPS, find_targets, inject, readable_name, seeded_generator
+from sdlora.lora.layers import FullLayer
+from sdlora.lora.targets import (
+    PRESETS,
+    TEXT_ENCODER_GROUPS,
+    UNET_GROUPS,
+    block_globs,
+    by_layer,
+    find_norms,
+    find_targets,
+    groups_of,
+    inject,
+    readable_name,
+    seeded_generator,
+    selects,
+)
 
 FROZEN = set((Path(__file__).parent / "names_sd15.txt").read_text().split())
 
@@ -62,7 +76,7 @@ def test_inject_replaces_the_module_and_names_survive_it() -> None:
         CLIPTextConfig(vocab_size=20, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
     targets = find_targets("text_encoder", text_encoder, ["feed_forward"])
-    layers = inject(text_encoder, targets, lambda name, base: LoraLayer(base, 2, 2, "kaiming", True, seeded_generator(0, name)))
+    layers = inject(text_encoder, targets, lambda name, base: FullLayer(base))
     assert list(layers) == [f"text_encoder.text_model.encoder.layers.0.mlp.{fc}" for fc in ("fc1", "fc2")]
     assert all(text_encoder.get_submodule(path) is layers[name] for name, path in targets.items())
 
@@ -70,3 +84,59 @@ def test_inject_replaces_the_module_and_names_survive_it() -> None:
 def test_each_layer_has_a_start_of_its_own() -> None:
     first, again, other = (torch.rand(3, generator=seeded_generator(1, n)) for n in ("a", "a", "b"))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_sets_of_groups_count_what_other_trainers_adapt(sd15: dict[str, nn.Module]) -> None:
+    counts = {name: len(find_targets("unet", sd15["unet"], groups_of([name]))) for name in PRESETS}
+    assert counts == {"attention+ff": 192, "all-linear": 192 + 22, "all-linear+conv": 278, "everything": 282}
+    assert groups_of(["attention", "attention+ff"]) == ["attention", "feed_forward", "projection"]
+
+
+def test_norms_are_found_with_weight_and_bias(sd15: dict[str, nn.Module]) -> None:
+    names = find_norms("unet", sd15["unet"])
+    # 22 residual blocks and 16 transformers with their own, three in each of 16 transformer blocks, and the last one
+    assert len(names) == 2 * 22 + 16 + 3 * 16 + 1
+    assert "unet.mid_block.resnets.0.norm1" in names and "unet.conv_norm_out" in names
+
+
+def test_a_group_selects_its_part_alone() -> None:
+    query, text = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "text_encoder.text_model.encoder.layers.3.self_attn.q_proj"
+    assert selects("attention", query) and selects("attention", text)
+    assert selects("unet.attention", query) and not selects("unet.attention", text)
+    assert selects("text_encoder.attention", text) and not selects("text_encoder.attention", query)
+    assert not selects("resnet", query) and not selects("resnet", text)
+    assert selects("mid", query) and selects("te.2-3", text) and not selects("te.4-5", text) and selects("*.attn1.*", query)
+
+
+def test_the_last_entry_that_names_a_layer_wins() -> None:
+    names = ["unet.mid_block.attentions.0.proj_in", "unet.mid_block.attentions.0.proj_out"]
+    assert by_layer("x", names, dict.fromkeys(names, 1), {"projection": 2, "*.proj_out": 3}) == {names[0]: 2, names[1]: 3}
+    with pytest.raises(ConfigError, match=r"x: 'resnet' matches no adapted layer"):
+        by_layer("x", names, dict.fromkeys(names, 1), {"resnet": 2})
+
+
+def test_the_last_matching_glob_wins() -> None:
+    names = ["unet.down.attn1.to_q", "unet.up.attn2.to_q", "text_encoder.fc1"]
+    rates = by_layer("x", names, dict.fromkeys(names, 1.0), {"unet.*": 3.0, "*.attn2.*": 4.0})
+    assert rates == {names[0]: 3.0, names[1]: 4.0, names[2]: 1.0}
+    with pytest.raises(ConfigError, match="matches no adapted layer"):
+        by_layer("x", names, dict.fromkeys(names, 1.0), {"unet.mid.*": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "globs"),
+    [
+        ("mid", ["unet.mid_block.*"]),
+        ("up.3", ["unet.up_blocks.3.*"]),
+        ("te.0-1", ["text_encoder.text_model.encoder.layers.0.*", "text_encoder.text_model.encoder.layers.1.*"]),
+        ("unet.down_blocks.0.*", ["unet.down_blocks.0.*"]),
+        ("down", ["down"]),
+    ],
+)
+def test_block_shorthand(text: str, globs: list[str]) -> None:
+    assert block_globs(text) == globs
+
+
+def test_layer_one_of_te_is_not_layer_ten() -> None:
+    names = [f"text_encoder.text_model.encoder.layers.{n}.mlp.fc1" for n in (1, 10)]
+    assert by_layer("x", names, dict.fromkeys(names, 1.0), {"te.1": 2.0}) == {names[0]: 2.0, names[1]: 1.0}

@@ -1,0 +1,109 @@
+"""From trained layers to the file that a WebUI loads."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdlora import events
+from sdlora.adapt import text_encoder_rate
+from sdlora.config import Config, OutputOptions
+from sdlora.items import Item
+from sdlora.lora import formats
+from sdlora.lora.change import Change, truncate
+from sdlora.lora.layers import Adapter, LoraLayer
+from sdlora.lora.metadata import kohya_metadata
+from sdlora.models.family import Family, Model
+from sdlora.run import Run
+
+
+def export(run: Run, family: Family, model: Model, items: Sequence[Item], layers: Mapping[str, Adapter], step: int) -> events.Exported:
+    """Write the run's LoRA file. Raises TrainingError rather than export a number that is not finite."""
+    config = run.config
+    changes, lost, worst = as_asked(layers, config.output)
+    formats.save(run.export, changes, config.lora.alpha, metadata(config, family, model, items, layers, step))
+    return events.Exported(step, str(run.export), lost, worst)
+
+
+def as_asked(layers: Mapping[str, Adapter], options: OutputOptions) -> tuple[dict[str, Change], float, str]:
+    """Changes by layer, plain where the file is to be plain; the share of all changes (Frobenius norm) that truncating left out, and
+    the layer that lost the largest share of its own."""
+    changes = {name: layer.change() for name, layer in layers.items()}
+    if options.format == "exact":
+        return changes, 0.0, ""
+    lost, total, worst = 0.0, 0.0, (0.0, "")
+    for name, change in changes.items():
+        base = layers[name].base.weight
+        assert isinstance(base, Tensor)
+        short = options.largest_rank is not None and change.factors is not None and change.factors.down.shape[0] > options.largest_rank
+        if not change.is_plain or short:
+            factors, error = truncate(change, base.detach(), options.largest_rank)
+            changes[name], worst = Change(factors), max(worst, (error, name))
+            # orthogonal parts of one matrix: squares of their norms add up
+            whole = float(factors.delta().square().sum()) / max(1 - error**2, 1e-30)
+            lost += whole * error**2
+        else:
+            assert change.factors is not None
+            whole = float(change.factors.delta().square().sum())
+        total += whole
+    return changes, math.sqrt(lost / total) if total else 0.0, worst[1]
+
+
+def learned_alphas(layers: Mapping[str, Adapter]) -> dict[str, float]:
+    return {name: layer.alpha.item() for name, layer in layers.items() if isinstance(layer, LoraLayer)}
+
+
+def alpha_quantiles(layers: Mapping[str, Adapter]) -> list[float]:
+    """Smallest, quartiles and largest of the layers' alphas; empty where the kind has none."""
+    alphas = list(learned_alphas(layers).values())
+    if not alphas:
+        return []
+    quantiles: list[float] = torch.quantile(torch.tensor(alphas), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])).tolist()
+    return quantiles
+
+
+def metadata(
+    config: Config, family: Family, model: Model, items: Sequence[Item], layers: Mapping[str, Adapter], step: int
+) -> dict[str, str]:
+    options = config.optimizer
+    learned = {formats.webui_name(name): round(alpha, 6) for name, alpha in learned_alphas(layers).items()}
+    arguments = config.lora.model_dump(mode="json") | {"up_ratio": options.up_ratio, "layer_rates": options.layer_rates}
+    trained = [item for item in items if not item.regularises]
+    return (
+        family.metadata(model)
+        | ({formats.LEARNED_ALPHAS: json.dumps(learned)} if learned else {})
+        | kohya_metadata(
+            name=config.output.name,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            network_args=arguments,
+            training={
+                "learning_rate": options.rate,
+                "unet_lr": options.rate,
+                "text_encoder_lr": text_encoder_rate(config),
+                "lr_scheduler": options.schedule,
+                "optimizer": options.algorithm,
+                "steps": step,
+                "seed": config.train.seed,
+                "mixed_precision": "no" if config.train.precision == "fp32" else config.train.precision,
+                "batch_size_per_device": config.train.batch_size,
+                "gradient_accumulation_steps": config.train.accumulation,
+                "num_train_images": len(trained) * config.data.repeats,
+                "num_reg_images": len(items) - len(trained),
+                "min_snr_gamma": config.loss.min_snr_gamma or None,
+                "noise_offset": config.loss.noise_offset or None,
+                "sd_model_name": Path(config.model.base).name,
+            },
+            captions=[item.example.caption for item in trained],
+            buckets=[item.placed.bucket for item in trained],
+            folder=config.data.folder.name,
+            repeats=config.data.repeats,
+            trigger=config.data.trigger,
+            resolution=config.data.resolution,
+        )
+    )

@@ -1,0 +1,253 @@
+"""The loss of one batch: what the model is asked, and what is added to keep the base model whole. Random draws are functions of
+(seed, step, sample), so a batch can be computed again at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+from sdlora.config import Config, LossOptions
+from sdlora.data.batches import BatchPlan, sample_seed
+from sdlora.data.captions import choose_caption
+from sdlora.diffusion.losses import WEIGHTINGS, denoising_loss, huber_width
+from sdlora.diffusion.noise import perturb, sample_noise
+from sdlora.diffusion.schedule import NoiseSchedule
+from sdlora.diffusion.timesteps import Distribution, stratified
+from sdlora.errors import ConfigError
+from sdlora.items import Item, Posterior
+from sdlora.lora.embedding_norm import Remembered, cosine_drift, embedding_norms, norm_drift, norm_loss, pinned_loss
+from sdlora.lora.layers import Adapter, disabled, set_drop_seeds
+from sdlora.models.family import Family, Model
+
+PINNED_A_BATCH = 2  # bounds what the term costs: two short runs of the text encoder
+WATCHED_PROMPTS = 8  # pinned prompts whose drift is told
+# What a LoRA should leave alone where the user does not say it: people, animals, things, places, manners of drawing.
+GENERIC_PROMPTS = (
+    "a photo of a woman",
+    "a portrait of a man",
+    "a dog",
+    "a cat",
+    "a bird in a tree",
+    "a car on a road",
+    "a house",
+    "a city street at night",
+    "a landscape with mountains",
+    "a bowl of fruit on a table",
+    "a watercolor painting",
+    "a black and white drawing",
+)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of one batch."""
+
+    total: Tensor  # what is differentiated
+    denoising: float  # the diffusion loss alone
+    drift: float  # mean over tokens of |norm / base norm - 1|
+    worst_drift: float  # the largest of them
+
+
+class Objective:
+    """Remembers what the base encoder says of a prompt; all else is a function of (step, part)."""
+
+    def __init__(
+        self,
+        config: Config,
+        family: Family,
+        model: Model,
+        items: Sequence[Item],
+        plan: BatchPlan,
+        latents: Sequence[Posterior],
+        layers: Mapping[str, Adapter],
+    ):
+        self.config, self.family, self.model = config, family, model
+        self.items, self.plan, self.latents = items, plan, latents
+        self.layers = dict(layers)
+        self.schedule = noise_schedule_of(model, config)
+        self.distribution = timesteps_of(config)
+        self.trains_text = any(name.startswith("text_encoder") for name in layers)
+        self.pinned = pinned_prompts(config)
+        self.of_base = Remembered(self._encode_with_base, most=512)  # whole embeddings: a quarter of a MB each in SD 1.x
+        self.base_norms = Remembered(lambda prompts: embedding_norms(self.of_base(prompts), config.loss.embedding_norm_order), most=100_000)
+
+    def __call__(self, step: int, part: int, text_rests: bool = False) -> Loss:
+        """Loss of batch number `part` of a step, counted from 0; with `text_rests` the text encoder gets no gradient."""
+        loss, batch = self.config.loss, step * self.config.train.accumulation + part
+        self._set_dropout(batch)
+        indices = self.plan.batch(batch)
+        captions, prompt_embeds = self.captions(step, part), None
+        drift, worst, terms = 0.0, 0.0, []
+        if self.trains_text:
+            with torch.set_grad_enabled(not text_rests):
+                prompt_embeds = self.family.encode_prompts(self.model, captions)
+            norms, wanted = embedding_norms(prompt_embeds, loss.embedding_norm_order), self.base_norms(captions)
+            drift, worst = norm_drift(norms.detach(), wanted)
+            if loss.embedding_norm and not text_rests:
+                counted = None if loss.embedding_norm_padding else self._words(captions)
+                term = norm_loss(
+                    norms,
+                    wanted,
+                    loss.embedding_norm_distance,
+                    relative=loss.embedding_norm_relative,
+                    counted=counted,
+                    per_prompt=loss.embedding_norm_per == "prompt",
+                )
+                terms.append(loss.embedding_norm * term)
+        denoising = self.denoising(step, part, prompt_embeds)
+        if self.trains_text and not text_rests and loss.pinned_embedding:
+            prompts = self._pinned(batch, "pinned", PINNED_A_BATCH)
+            term = pinned_loss(self.family.encode_prompts(self.model, prompts), self.of_base(prompts), loss.pinned_distance)
+            terms.append(loss.pinned_embedding * term)
+        if loss.prior:
+            prompts = self._pinned(batch, "prior", loss.prior_samples)
+            with torch.set_grad_enabled(not text_rests):
+                embeds = self.family.encode_prompts(self.model, prompts) if self.trains_text else self.of_base(prompts)
+            shown = [self.latents[indices[k % len(indices)]] for k in range(len(prompts))]
+            terms.append(loss.prior * self._prior(shown, embeds, self.of_base(prompts), batch))
+        total = denoising
+        for term in terms:
+            total = total + term
+        return Loss(total, float(denoising.detach()), drift, worst)
+
+    def denoising(self, step: int, part: int, prompt_embeds: Tensor | None = None, through_text: bool = False) -> Tensor:
+        """The diffusion loss alone. prompt_embeds (B, T, D); None: computed here where gradients are to go `through_text`, else those
+        of the base encoder."""
+        config = self.config
+        if through_text:
+            prompt_embeds = self.family.encode_prompts(self.model, self.captions(step, part))
+        first, indices = self._first(step, part), self.plan.batch(step * config.train.accumulation + part)
+        noise_seeds, timestep_seeds = (self._seeds(step, part, purpose) for purpose in ("noise", "timestep"))
+        samples = config.train.batch_size * config.train.accumulation
+        timesteps = stratified(timestep_seeds, first, samples, self.distribution).to(self.model.device)
+        clean, noise, seen_noise = latents_and_noise([self.latents[index] for index in indices], noise_seeds, config.loss)
+        clean, noise, seen_noise = (tensor.to(self.model.device) for tensor in (clean, noise, seen_noise))
+        embeds = self.of_base(self.captions(step, part)) if prompt_embeds is None else prompt_embeds
+        predicted = self.family.predict(self.model, self.schedule.add_noise(clean, seen_noise, timesteps), timesteps, embeds)
+        weight, width = weight_and_width(self.schedule, timesteps, config.loss)
+        weight = weight * torch.tensor([self.items[index].weight for index in indices], device=weight.device)
+        return denoising_loss(predicted, self.schedule.target(clean, noise, timesteps), weight, width, self._masks(indices))
+
+    @torch.no_grad()
+    def pinned_drift(self) -> float | None:
+        """Mean over tokens of 1 - cosine between the embeddings of some pinned prompts and the base encoder's; None where the text
+        encoder is not trained."""
+        if not self.trains_text:
+            return None
+        set_drop_seeds(self.layers.values(), [None] * len(self.layers))
+        prompts = list(self.pinned[:WATCHED_PROMPTS])
+        return cosine_drift(self.family.encode_prompts(self.model, prompts), self.of_base(prompts))
+
+    def _prior(self, posteriors: Sequence[Posterior], prompt_embeds: Tensor, base_prompt_embeds: Tensor, batch: int) -> Tensor:
+        """The base-model prior: what the model without adapters predicts for a prompt is the target of the model with them.
+
+        As prior preservation (DreamBooth, Ruiz et al. 2023), with the base model's prediction in the place of pictures that it drew, so
+        that nothing has to be drawn, or kept on disk. Noise is put on the training pictures' latents. Embeddings (B, T, D).
+        """
+        count, device = len(posteriors), self.model.device
+        noise_seeds, timestep_seeds = (
+            [sample_seed(self.config.train.seed, batch, k, purpose) for k in range(count)] for purpose in ("prior noise", "prior timestep")
+        )
+        timesteps = stratified(timestep_seeds, 0, count, self.distribution).to(device)
+        clean, _, seen_noise = latents_and_noise(posteriors, noise_seeds, self.config.loss)
+        noisy = self.schedule.add_noise(clean.to(device), seen_noise.to(device), timesteps)
+        with torch.no_grad(), disabled(self.layers.values()):
+            wanted = self.family.predict(self.model, noisy, timesteps, base_prompt_embeds)
+        weight, width = weight_and_width(self.schedule, timesteps, self.config.loss)
+        return denoising_loss(self.family.predict(self.model, noisy, timesteps, prompt_embeds), wanted, weight, width)
+
+    def _encode_with_base(self, prompts: list[str]) -> Tensor:
+        with torch.no_grad(), disabled(self.layers.values()):
+            return self.family.encode_prompts(self.model, prompts)
+
+    def _first(self, step: int, part: int) -> int:
+        """How many samples of the step come before this part's."""
+        begin = step * self.config.train.accumulation
+        return sum(len(self.plan.batch(begin + earlier)) for earlier in range(part))
+
+    def _seeds(self, step: int, part: int, purpose: str) -> list[int]:
+        first, count = self._first(step, part), len(self.plan.batch(step * self.config.train.accumulation + part))
+        return [sample_seed(self.config.train.seed, step, first + k, purpose) for k in range(count)]
+
+    def captions(self, step: int, part: int) -> list[str]:
+        """What a batch is told."""
+        data, indices = self.config.data, self.plan.batch(step * self.config.train.accumulation + part)
+        return [
+            choose_caption(
+                self.items[index].example.caption,
+                Random(seed),
+                dropout=data.caption_dropout,
+                shuffle=data.shuffle_tags,
+                keep_tokens=data.keep_tags,
+            )
+            for index, seed in zip(indices, self._seeds(step, part, "caption"), strict=True)
+        ]
+
+    def _pinned(self, batch: int, purpose: str, count: int) -> list[str]:
+        """Which pinned prompts a batch holds: drawn anew each time."""
+        return Random(sample_seed(self.config.train.seed, batch, 0, purpose)).choices(self.pinned, k=count)
+
+    def _words(self, captions: Sequence[str]) -> Tensor:
+        """Which tokens are not padding: (B, T) bool."""
+        lengths = self.family.token_counts(self.model, captions).to(self.model.device)
+        return torch.arange(self.model.tokenizer.model_max_length, device=self.model.device) < lengths[:, None]
+
+    def _masks(self, indices: Sequence[int]) -> Tensor | None:
+        """Weight of each latent pixel, (B, 1, h, w); None where no picture of the batch has a mask."""
+        masks = [self.latents[index].mask for index in indices]
+        if all(mask is None for mask in masks):
+            return None
+        like, rest = self.latents[indices[0]].mean[:1], self.config.loss.unmasked
+        shown = torch.stack([torch.ones_like(like) if mask is None else mask for mask in masks])
+        return (rest + (1 - rest) * shown).to(self.model.device)
+
+    def _set_dropout(self, batch: int) -> None:
+        options, seed = self.config.lora, self.config.train.seed
+        if options.dropout or options.rank_dropout or options.module_dropout:
+            set_drop_seeds(self.layers.values(), [sample_seed(seed, batch, 0, f"dropout {name}") for name in self.layers])
+
+
+def pinned_prompts(config: Config) -> tuple[str, ...]:
+    """The user's own, or the class noun and what every model draws."""
+    noun = (config.data.class_noun,) if config.data.class_noun else ()
+    return config.loss.pinned_prompts or (*noun, *GENERIC_PROMPTS)
+
+
+def noise_schedule_of(model: Model, config: Config) -> NoiseSchedule:
+    if not config.loss.zero_terminal_snr:
+        return model.noise_schedule
+    if model.noise_schedule.prediction_type != "v_prediction":
+        raise ConfigError("loss.zero_terminal_snr is for v-prediction models, and this one predicts epsilon: leave it false.")
+    return model.noise_schedule.with_zero_terminal_snr()
+
+
+def timesteps_of(config: Config) -> Distribution:
+    loss = config.loss
+    logit_normal = (loss.logit_mean, loss.logit_deviation) if loss.timesteps == "logit_normal" else None
+    return Distribution(loss.first_timestep, loss.last_timestep, logit_normal)
+
+
+def weight_and_width(schedule: NoiseSchedule, timesteps: Tensor, options: LossOptions) -> tuple[Tensor, Tensor | None]:
+    """How much each sample counts, and where its Huber loss turns straight; None for the squared error. (B,)."""
+    snr = schedule.snr(timesteps)
+    weight = WEIGHTINGS[options.weighting](snr, options.min_snr_gamma, schedule.prediction_type)
+    if options.distance == "squared":
+        return weight, None
+    return weight, huber_width(snr, options.huber_width, options.huber_schedule)
+
+
+def latents_and_noise(posteriors: Sequence[Posterior], seeds: Sequence[int], options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents drawn from their posteriors, the noise to predict, and the noise that is added to them: all (B, C, h, w), each sample
+    from its own seed."""
+    latents, noises, seen = [], [], []
+    for posterior, seed in zip(posteriors, seeds, strict=True):
+        mean, generator = posterior.mean, torch.Generator().manual_seed(seed)
+        latents.append(mean + posterior.std * torch.randn(mean.shape, generator=generator))
+        noise = sample_noise(mean.shape, generator, offset=options.noise_offset, multires_discount=options.multires_discount)
+        noises.append(noise)
+        seen.append(perturb(noise, options.input_perturbation, generator) if options.input_perturbation else noise)
+    return torch.stack(latents), torch.stack(noises), torch.stack(seen)
