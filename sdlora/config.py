@@ -317,6 +317,8 @@ class Config(Section):
     def _what_is_trained_can_be_written(self) -> Self:
         if self.output.format == "plain" and (self.lora.biases or self.lora.norms):
             raise ValueError("lora.biases and lora.norms have no place in a plain file: set output.format = 'exact', or leave them out")
+        if self.optimizer.matched and self.lora.kind == "mora":
+            raise ValueError("optimizer.matched is derived for down and up, which lora.kind = 'mora' lacks: leave it out")
         if self.output.format == "exact" and self.output.largest_rank is not None:
             raise ValueError("output.largest_rank is for plain files: set output.format = 'plain', or leave it out")
         return self

@@ -16,6 +16,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from sdlora.errors import ConfigError
+from sdlora.lora.layers import LoraLayer
+from sdlora.lora.matched import matched_rate, next_direction
 
 
 class Trains(Protocol):
@@ -252,6 +254,34 @@ def make_optimizer(
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"optimizer.algorithm = {name!r} does not take these options: {error}.") from None
     return Optimizer(members)
+
+
+def match_rates(optimizer: Optimizer, layers: Mapping[str, Trains], rates: Mapping[str, float], up_ratio: float) -> None:
+    """Set the peak rates of down and up for the step to come so that each layer's weight moves as far as full fine-tuning at
+    `rates` would move it (see lora/matched.py). Wants gradients at hand, and an AdamW whose groups are `per_layer`; other roles, and
+    layers without gradients, keep their rates."""
+    members: dict[str, dict[str, Member]] = defaultdict(dict)
+    for member in optimizer.members:
+        if member.group["role"] in ("down", "up"):
+            members[member.group["layer"]][member.group["role"]] = member
+    found: dict[str, Tensor] = {}
+    for name, roles in members.items():
+        layer = layers[name]
+        assert isinstance(layer, LoraLayer)
+        directions = {}
+        for role, member in roles.items():
+            (parameter,) = member.group["params"]
+            if parameter.grad is not None:
+                state = member.optimizer.state.get(parameter, {})
+                directions[role] = next_direction(parameter, state, member.group["betas"], member.group["eps"])
+        if "up" in directions:
+            found[name] = matched_rate(
+                rates[name], layer.scale.detach(), layer.down, layer.up, directions.get("down"), directions["up"], up_ratio
+            )
+    matched = torch.stack(list(found.values())).tolist() if found else []  # one wait for the device and not one a layer
+    for name, rate in zip(found, matched, strict=True):
+        for role, member in members[name].items():
+            member.group["peak_lr"] = rate * (up_ratio if role == "up" else 1.0)
 
 
 def class_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from sdlora.config import Config
 from sdlora.data.batches import BatchPlan
 from sdlora.items import Item
 from sdlora.lora.layers import Adapter, LoraLayer
+from sdlora.lora.matched import expected_rate
 from sdlora.models import families, memory
 from sdlora.models.device import DTYPES, pick_device
 from sdlora.models.family import Model
@@ -27,7 +28,7 @@ class LayerPlan:
     shape: tuple[int, ...]  # of the base weight
     rank: int | None  # None: every weight is trained
     scale: float | None  # that the update starts with; None where the kind has none
-    down_rate: float  # peak, and of kinds without matrices their only one; 0 where the init freezes down
+    down_rate: float  # peak, and of kinds without matrices their only one; 0 where the init freezes down; as expected where it is matched
     up_rate: float
     parameters: int  # that are trained
 
@@ -50,16 +51,19 @@ def plan(config: Config) -> Plan:
         part: sum(layer.weight_shape.numel() for name, layer in adapted.layers.items() if name.startswith(f"{part}.")) / size
         for part, size in sizes.items()
     }
-    rows = [_row(name, layer, adapted.rates[name], config.optimizer.up_ratio) for name, layer in adapted.layers.items()]
+    options = config.optimizer
+    rows = [_row(name, layer, adapted.rates[name], options.up_ratio, options.matched) for name, layer in adapted.layers.items()]
     learns_alpha = config.lora.learned_alpha and bool(adapted.alpha_rates)
     return Plan(rows, config.lora.init, config.optimizer.alpha_rate if learns_alpha else 0.0, shares, adapted.unmatched)
 
 
-def _row(name: str, layer: Adapter, rate: float, up_ratio: float) -> LayerPlan:
+def _row(name: str, layer: Adapter, rate: float, up_ratio: float, matched: bool) -> LayerPlan:
     scale, down_rate, up_rate = None, rate, rate
     if isinstance(layer, LoraLayer):
-        scale, up_rate = float(layer.scale.detach()), rate * up_ratio
-        down_rate = rate if layer.down.requires_grad else 0.0
+        scale, trains_down = float(layer.scale.detach()), layer.down.requires_grad
+        if matched:
+            rate = float(expected_rate(rate, scale, layer.down.detach(), layer.up.detach(), up_ratio, trains_down))
+        down_rate, up_rate = rate if trains_down else 0.0, rate * up_ratio
     return LayerPlan(name, tuple(layer.weight_shape), layer.rank, scale, down_rate, up_rate, layer.trained_numbers)
 
 

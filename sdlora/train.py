@@ -25,10 +25,11 @@ from sdlora.models import families
 from sdlora.models.device import DTYPES, pick_device
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of
-from sdlora.optim import Average, Optimizer, make_optimizer, rate_factor
+from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
 from sdlora.plan import describe
 from sdlora.run import Run
 
+MATCH_EVERY = 10  # steps between two looks at matched rates, which move by a percent meanwhile; the first ten are all looked at
 MEASURE_EVERY = 25  # steps between two looks at alphas and pinned prompts
 
 
@@ -102,6 +103,8 @@ def train(run: Run) -> Iterator[events.Event]:
             raise TrainingError(
                 f"The loss or its gradient is not finite at step {step + 1}: lower optimizer.rate; checkpoints before it are whole."
             )
+        if options.matched and (step < MATCH_EVERY or step % MATCH_EVERY == 0):
+            match_rates(optimizer, layers, adapted.rates, options.up_ratio)
         optimizer.set_rates(share_of_peak(config, step), resting="text_encoder" if text_rests else None)
         optimizer.step()
         optimizer.zero_grad()

@@ -41,6 +41,13 @@ def test_a_frozen_down_has_no_rate(base: Path) -> None:
     assert {row.down_rate for row in found.layers} == {0.0} and found.alpha_rate == 0
 
 
+def test_matched_rates_are_shown_as_expected(base: Path) -> None:
+    flags = [("model.base", str(base)), ("rank", "4"), ("alpha", "8"), ("matched", "true"), ("rate", "1e-4"), ("up_ratio", "2")]
+    row = next(row for row in plan(configs.load([], flags)).layers if row.name.endswith("0.attn1.to_q"))
+    # kaiming: rate * sqrt(3 I / R) / (scale * up_ratio) with I = 16, R = 4, scale = 2, but for the draw of down
+    assert row.down_rate == pytest.approx(1e-4 * 12**0.5 / 4, rel=0.15) and row.up_rate == pytest.approx(2 * row.down_rate)
+
+
 def test_the_command_prints_it(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model.base", str(base), "--rank", "2"]) == 0
     told = capsys.readouterr().out

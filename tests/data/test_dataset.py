@@ -184,3 +184,29 @@ def test_the_order_and_the_findings_are_the_same_each_time(tmp_path: Path) -> No
         captioned(tmp_path, f"{number}.png", str(number))
     assert find(tmp_path) == find(tmp_path)
     assert [example.caption for example in find(tmp_path).examples] == [str(number) for number in range(12)]
+
+
+def test_a_mask_belongs_to_the_picture_of_its_stem_and_is_no_picture(tmp_path: Path) -> None:
+    captioned(tmp_path, "cat.png")
+    captioned(tmp_path, "dog.jpg")
+    mask = picture(tmp_path / "cat-masklabel.png")
+    found = find(tmp_path, masks="file")
+    assert [(e.path.name, e.mask and e.mask.path) for e in found.examples] == [("cat.png", mask), ("dog.jpg", None)]
+    assert found.examples[0].mask is not None and found.examples[0].mask.digest == hashlib.sha256(mask.read_bytes()).hexdigest()
+    off = find(tmp_path)
+    assert [e.mask for e in off.examples] == [None, None] and reasons(off) == {mask.name: "a mask; set data.masks = 'file' to use it"}
+    alpha = find(tmp_path, masks="alpha").examples[0].mask
+    assert alpha is not None and alpha.alpha and alpha.path.name == "cat.png"
+
+
+def test_masks_that_fit_nothing_are_refused(tmp_path: Path) -> None:
+    captioned(tmp_path, "cat.png")
+    with pytest.raises(DataError, match="no NAME-masklabel"):
+        find(tmp_path, masks="file")
+    picture(tmp_path / "cta-masklabel.png")
+    with pytest.raises(DataError, match=r"cta-masklabel.png belongs to no picture"):
+        find(tmp_path, masks="file")
+    (tmp_path / "cta-masklabel.png").unlink()
+    picture(tmp_path / "cat-masklabel.png", (4, 6))
+    with pytest.raises(DataError, match="has 4x6 pixels, and the picture 6x4"):
+        find(tmp_path, masks="file")

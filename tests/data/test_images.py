@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from sdlora.data.images import crop_to, decode, examine, read_size, to_tensor
+from sdlora.data.images import crop_to, decode, decode_mask, examine, mask_to_tensor, read_size, to_tensor
 from sdlora.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -309,3 +309,24 @@ def test_tensors_run_from_minus_one_to_one_in_channels_rows_columns() -> None:
     assert tensor[:, 0, 2].tolist() == pytest.approx([1.0, -0.6, -1.0])
     assert tensor.sum().item() == pytest.approx(-18 + 2.4)
     assert tensor.min() == -1 and tensor.max() == 1
+
+
+def test_masks_from_brightness_and_from_opacity(tmp_path: Path) -> None:
+    Image.new("L", (4, 2), 255).save(tmp_path / "mask.png")
+    assert set(decode_mask(tmp_path / "mask.png", alpha=False).getextrema()) == {255}
+    clear = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
+    clear.paste((0, 0, 0, 0), (0, 0, 2, 2))
+    clear.save(tmp_path / "clear.png")
+    small = mask_to_tensor(decode_mask(tmp_path / "clear.png", alpha=True), (1, 4))
+    assert small.tolist() == [[[0, 0, 1, 1]]]
+    assert mask_to_tensor(decode_mask(tmp_path / "clear.png", alpha=True), (1, 1)).tolist() == [[[pytest.approx(0.5, abs=0.01)]]]
+    Image.new("RGB", (4, 2)).save(tmp_path / "opaque.png")
+    assert decode_mask(tmp_path / "opaque.png", alpha=True).getextrema() == (255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    clear.save(tmp_path / "turned.png", exif=exif)
+    turned = mask_to_tensor(decode_mask(tmp_path / "turned.png", alpha=True), (4, 2))
+    assert turned[0].tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        decode_mask(tmp_path / "broken.png", alpha=True)

@@ -103,3 +103,14 @@ def test_offset_shifts_channels_and_perturbation_adds_variance() -> None:
     )
     extra = perturb(noise, 0.1, torch.Generator().manual_seed(2)) - noise
     assert float(extra.std()) == pytest.approx(0.1, rel=0.02)
+
+
+def test_masked_errors_by_hand() -> None:
+    predicted, target = torch.full((2, 1, 1, 4), 2.0), torch.zeros(2, 1, 1, 4)
+    mask = torch.tensor([[[[1.0, 1.0, 0.0, 0.5]]], [[[1.0, 1.0, 1.0, 1.0]]]])
+    assert sample_errors(predicted, target, mask=mask).tolist() == [4 * 2.5 / 4, 4.0]
+    width = torch.tensor([1.0, 1.0])
+    pseudo = 2 * (5**0.5 - 1)
+    assert sample_errors(predicted, target, width, mask).tolist() == pytest.approx([pseudo * 2.5 / 4, pseudo])
+    weight = torch.tensor([1.0, 0.5])
+    assert float(denoising_loss(predicted, target, weight, mask=mask)) == pytest.approx((2.5 + 2.0) / 2)

@@ -4,13 +4,14 @@ import copy
 import math
 from collections.abc import Callable
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 from sdlora.lora.inits import INITS, Start
 from sdlora.lora.layers import Adapter, DoraLayer, Dropouts, FullLayer, LoraLayer, MoraLayer, NormAdapter, disabled, mora_delta
-from sdlora.lora.scaling import rank_stabilised
+from sdlora.lora.scaling import rank_stabilised, standard
 
 
 def bases() -> list[tuple[nn.Linear | nn.Conv2d, torch.Tensor]]:
@@ -326,3 +327,19 @@ def test_rank_dropout_leaves_whole_ranks_out_and_module_dropout_all() -> None:
     halves = dropped(Dropouts(rank=0.5), 3, base, x)
     ranks = [torch.linalg.matrix_rank(sample, atol=1e-4) for sample in halves]
     assert all(rank <= 4 for rank in ranks) and not torch.allclose(halves, whole)
+
+
+@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_the_output_is_that_of_peft(kind: int, stabilised: bool) -> None:
+    base, x = bases()[kind]
+    scale_of_one = (rank_stabilised if stabilised else standard)(4)
+    layer = moved(layer_for(base, "kaiming", alpha=8.0, scale_of_one=scale_of_one))
+    assert isinstance(layer, LoraLayer)
+    options = peft.LoraConfig(r=4, lora_alpha=layer.alpha.item(), target_modules=["0"], use_rslora=stabilised)
+    adapted = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), options)
+    theirs = adapted.base_model.model[0]
+    with torch.no_grad():
+        theirs.lora_A["default"].weight.copy_(layer.down)
+        theirs.lora_B["default"].weight.copy_(layer.up)
+    torch.testing.assert_close(layer(x), adapted(x), atol=1e-5, rtol=1e-5)
