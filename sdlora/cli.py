@@ -156,7 +156,8 @@ def generate_command(parsed: argparse.Namespace) -> int:
     number = 1 + max((int(p.stem) for p in parsed.out.glob("*.png") if p.stem.isdigit()), default=-1)
     for offset, prompt in enumerate(prompts):
         path = parsed.out / f"{number + offset:05d}.png"
-        preview.save_picture(family.generate(model, prompt), path, prompt, model=Path(parsed.base).name, lora=used)
+        (picture,) = family.generate(model, [prompt], 1)
+        preview.save_picture(picture, path, prompt, model=Path(parsed.base).name, lora=used)
         print(f"{path}  {prompt.text}", flush=True)
     return 0
 

@@ -65,7 +65,8 @@ def save_picture(picture: Image.Image, path: Path, prompt: PicturePrompt, *, mod
 
 def draw(run: Run, family: Family, model: Model, prompts: Sequence[PicturePrompt], step: int) -> None:
     for number, prompt in enumerate(prompts):
-        save_picture(family.generate(model, prompt), picture_path(run, step, number), prompt, model=run.config.model.base)
+        (picture,) = family.generate(model, [prompt], 1)
+        save_picture(picture, picture_path(run, step, number), prompt, model=run.config.model.base)
 
 
 def picture_path(run: Run, step: int, number: int) -> Path:

@@ -26,6 +26,7 @@ from sdlora.models.family import Family, Model, PicturePrompt
 CONCEPT, TRIGGER = "fish", "ohwx fish"
 SEEN_BACKGROUNDS = ("white", "blue", "green", "yellow")  # in datasets/fish
 STEPS, GUIDANCE = 20, 4.0  # the demo's sampler: DPM-Solver++ 2M
+AT_ONCE = 10  # pictures drawn together
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ def prompt_of(scene: world.Scene) -> str:
 
 
 def draw(family: Family, model: Model, scenes: Sequence[world.Scene], seed: int) -> list[Image.Image]:
-    return [
-        family.generate(model, PicturePrompt(prompt_of(scene), seed=seed + number, steps=STEPS, guidance=GUIDANCE))
-        for number, scene in enumerate(scenes)
+    prompts = [
+        PicturePrompt(prompt_of(scene), seed=seed + number, steps=STEPS, guidance=GUIDANCE) for number, scene in enumerate(scenes)
     ]
+    return family.generate(model, prompts, AT_ONCE)
 
 
 def judge(scenes: Iterable[world.Scene], pictures: Iterable[Image.Image]) -> dict[str, float]:

@@ -55,6 +55,7 @@ class Family:
     """Pictures (B, 3, H, W) in -1..1 -> mean and deviation of the latents' posterior, scaled to unit variance."""
     predict: Callable[[Model, Tensor, Tensor, Tensor], Tensor]
     """Noisy latents, timesteps, prompt_embeds -> prediction."""
-    generate: Callable[[Model, PicturePrompt], Image.Image]
+    generate: Callable[[Model, Sequence[PicturePrompt], int], list[Image.Image]]
+    """Prompts, and how many pictures may be drawn together -> pictures."""
     metadata: Callable[[Model], dict[str, str]]
     """Which base model an exported file says it is for."""

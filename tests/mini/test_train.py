@@ -28,7 +28,7 @@ def test_stages_resume_and_pack(tmp_path: Path) -> None:
 
     main(["pack", "--work", str(straight), "--out", str(tmp_path / "packed")])
     family, model = families.load(str(tmp_path / "packed"), torch.float32, torch.device("cpu"))
-    assert family.generate(model, PicturePrompt("a fox", steps=1)).size == (64, 64)
+    assert family.generate(model, [PicturePrompt("a fox", steps=1)], 1)[0].size == (64, 64)
     assert 10e6 < sum(p.stat().st_size for p in (tmp_path / "packed").rglob("*.safetensors")) < 20e6
 
 

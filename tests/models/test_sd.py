@@ -32,14 +32,24 @@ def test_prompts_and_pictures_agree_with_diffusers(tiny: Path) -> None:
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     theirs, _ = pipeline.encode_prompt(["a cat", ""], CPU, 1, False)
     torch.testing.assert_close(family.encode_prompts(model, ["a cat", ""]), theirs)
-    drawn = family.generate(model, PicturePrompt("a cat", "dog", seed=3, steps=4, guidance=5.0))
+    (drawn,) = family.generate(model, [PicturePrompt("a cat", "dog", seed=3, steps=4, guidance=5.0)], 1)
     picture = pipeline(
         "a cat", negative_prompt="dog", num_inference_steps=4, guidance_scale=5.0, generator=torch.Generator().manual_seed(3)
     ).images[0]
     assert drawn.size == (32, 32)
     assert max(high for _, high in ImageChops.difference(drawn, picture).getextrema()) <= 1
-    wide = family.generate(model, PicturePrompt("a", width=64, height=32, steps=1))
+    (wide,) = family.generate(model, [PicturePrompt("a", width=64, height=32, steps=1)], 1)
     assert wide.size == (64, 32)
+
+
+def test_pictures_drawn_together_are_those_drawn_alone(tiny: Path) -> None:
+    family, model = families.load(str(tiny), torch.float32, CPU)
+    prompts = [PicturePrompt("a cat", "b" * n, seed=n, steps=2, width=64 if n == 2 else None) for n in range(5)]
+    together, alone = family.generate(model, prompts, 3), family.generate(model, prompts, 1)
+    assert [picture.size for picture in together] == [(64 if n == 2 else 32, 32) for n in range(5)]
+    for one, other in zip(together, alone, strict=True):
+        assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 1
+    assert alone[0].tobytes() != alone[1].tobytes()
 
 
 def test_latents_have_the_models_scale(tiny: Path) -> None:
@@ -111,4 +121,5 @@ def test_saved_bytes_counts_what_autograd_keeps() -> None:
 
 def test_pictures_are_rgb(tiny: Path) -> None:
     family, model = families.load(str(tiny), torch.float32, CPU)
-    assert isinstance(drawn := family.generate(model, PicturePrompt("a", steps=1)), Image.Image) and drawn.mode == "RGB"
+    (drawn,) = family.generate(model, [PicturePrompt("a", steps=1)], 1)
+    assert isinstance(drawn, Image.Image) and drawn.mode == "RGB"
