@@ -17,7 +17,14 @@ from statistics import median, quantiles
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "configs" / "mini.toml"
-PLAIN = {"data.folder": str(ROOT / "datasets" / "fish"), "loss.prior": "0", "loss.embedding_norm": "0", "preview.prompts": "[]", "checkpoint_every": "0", "steps": "100000"}
+PLAIN = {
+    "data.folder": str(ROOT / "datasets" / "fish"),
+    "loss.prior": "0",
+    "loss.embedding_norm": "0",
+    "preview.prompts": "[]",
+    "checkpoint_every": "0",
+    "steps": "100000",
+}
 ROWS: dict[str, dict[str, str]] = {
     "plain again (should be 1)": {},
     "embedding norm": {"loss.embedding_norm": "0.1"},
