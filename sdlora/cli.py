@@ -215,6 +215,11 @@ def alphas_command(parsed: argparse.Namespace) -> int:
 
 
 def options_command(parsed: argparse.Namespace) -> int:
+    import textwrap
+
+    import tomlkit
+
+    width = min(shutil.get_terminal_size((140, 24)).columns, 140)
     section = ""
     for option in config.options():
         head, key = option.name.split(".")
@@ -222,16 +227,10 @@ def options_command(parsed: argparse.Namespace) -> int:
             print(f"\n[{head}]" if section else f"[{head}]")
             section = head
         default = option.default
-        value = (
-            "unset"
-            if default is None
-            else str(default).lower()
-            if isinstance(default, bool)
-            else repr(str(default))
-            if isinstance(default, Path)
-            else repr(default)
-        )
-        print(f"  {key} = {value}   ({option.type})\n      {option.field.description}")
+        value = str(default) if isinstance(default, Path) else list(default) if isinstance(default, tuple) else default
+        written = "unset" if value is None else "{}" if value == {} else tomlkit.item(value).as_string()
+        print(f"  {key} = {written}   ({option.type})")
+        print(textwrap.fill(str(option.field.description), width, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return 0
 
 

@@ -51,7 +51,7 @@ class DataOptions(Section):
         Path("pictures"), description="Folder of pictures, each with its caption in a .txt or .caption file of the same stem."
     )
     class_noun: str = Field(
-        "", description="What your subject is, without the trigger word ('cat'): the first pinned prompt where you list none."
+        "", description="What your subject is, without the trigger word ('a photo of a cat'): the first pinned prompt where you list none."
     )
     regularisation_folder: Path | None = Field(
         None,

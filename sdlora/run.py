@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from sdlora import config as configs
-from sdlora.config import Config
+from sdlora.config import Config, Section
 from sdlora.errors import ConfigError, TrainingError
 
 
@@ -60,11 +60,7 @@ def create(config: Config) -> Run:
     """Make a new run folder `<output.runs>/<output.name>`, or `<name>-2` and so on where that is taken."""
     if not config.data.folder.exists():
         raise ConfigError(f"data.folder: there is no folder {config.data.folder}.")
-    # Paths are kept absolute, so that resume works from any folder; a relative base stays a name unless it exists.
-    data = config.data.model_copy(update={"folder": config.data.folder.resolve()})
-    base = Path(config.model.base)
-    model = config.model.model_copy(update={"base": str(base.resolve())}) if base.exists() and config.model.base != "mini" else config.model
-    config = config.model_copy(update={"data": data, "model": model})
+    config = with_absolute_paths(config)
     for number in range(1, 10_000):
         folder = config.output.runs / (config.output.name if number == 1 else f"{config.output.name}-{number}")
         try:
@@ -79,6 +75,17 @@ def create(config: Config) -> Run:
         (folder / "config.toml").write_text(configs.dump(config), encoding="utf-8")
         return run
     raise ConfigError(f"output.name: too many runs are called {config.output.name}; choose another name.")
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """So that resume works from any folder; a relative base stays a name unless it exists."""
+    def resolved(section: Section) -> Section:
+        return section.model_copy(update={key: value.resolve() for key, value in section if isinstance(value, Path)})
+
+    base, model = Path(config.model.base), config.model
+    if base.exists() and config.model.base != "mini":
+        model = model.model_copy(update={"base": str(base.resolve())})
+    return config.model_copy(update={"data": resolved(config.data), "lora": resolved(config.lora), "model": model})
 
 
 def open_run(folder: Path) -> Run:

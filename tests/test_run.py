@@ -36,3 +36,14 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match="cannot make"):
         run.create(config.load([], [("data.folder", str(tmp_path)), ("runs", str(tmp_path / "runs"))]))
+
+
+def test_every_path_in_the_run_folder_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pictures", "others"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "earlier.safetensors").touch()
+    options = {"data.folder": "pictures", "regularisation_folder": "others", "alpha_from": "earlier.safetensors", "runs": "runs"}
+    made = run.create(config.load([], list(options.items()))).config
+    assert made.data.folder == tmp_path / "pictures" and made.data.regularisation_folder == tmp_path / "others"
+    assert made.lora.alpha_from == tmp_path / "earlier.safetensors" and made.model.base == "mini"

@@ -1,7 +1,7 @@
 """What each mechanism does to the demo's concept and to what the base model knew, at equal steps and by the oracle.
 
     python tests/studies/ablation.py            # trains what is missing, two runs at a time; kill it and start it again at will
-    python tests/studies/ablation.py --table    # only prints the table of tests/studies/ablation.jsonl
+    python tests/studies/ablation.py --table    # only prints the table of tests/studies/ablation.jsonl, and draws ablation.png
 
 Rows were chosen, and configs/mini.toml tuned, on other prompts and seeds than those measured here.
 """
@@ -142,6 +142,30 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def plot(path: Path) -> None:
+    """A dot for each run: the concept against what was kept; a row's dots have one colour and its name beside their middle."""
+    from matplotlib.figure import Figure
+
+    by_row: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (row, _), figures in results().items():
+        by_row[row].append((100 * figures["concept"], 100 * figures["kept"]))
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axes = figure.subplots()
+    rows = [row for row in ROWS if row in by_row]
+    for number, row in enumerate(rows):
+        xs, ys = zip(*by_row[row], strict=True)
+        marker = "osD^vP*X"[number // 10]
+        axes.scatter(xs, ys, s=42, alpha=0.8, color=f"C{number % 10}", marker=marker, linewidths=0, label=f"{number + 1} {row}")
+        axes.annotate(str(number + 1), (mean(xs), mean(ys)), xytext=(5, 4), textcoords="offset points", fontsize=9, color=f"C{number % 10}")
+    axes.set_xlabel("concept right, % of 50 pictures on backgrounds that no training picture shows")
+    axes.set_ylabel("known things kept, % of 200 pictures")
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="only print the table")
@@ -159,6 +183,7 @@ def main() -> None:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda pair: train_and_measure(*pair), wanted))
     print(table())
+    plot(RESULTS.with_suffix(".png"))
 
 
 if __name__ == "__main__":
