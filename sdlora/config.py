@@ -46,41 +46,115 @@ class ModelOptions(Section):
     base: str = Field("mini", min_length=1, description="Base model: a folder in diffusers' layout (SD 1.x), or 'mini', the one built in.")
 
 
-class DataOptions(Section):
+class PictureOptions(Section):
+    """What can be said of one set of pictures: of all of them in [data], of some in [[data.sets]]."""
+
     folder: Path = Field(
-        Path("pictures"), description="Folder of pictures, each with its caption in a .txt or .caption file of the same stem."
+        Path("pictures"),
+        description="Folder of pictures, each with its caption in a .txt or .caption file of the same stem or in metadata.jsonl or .csv; "
+        "or of kohya's subfolders, '<repeats>_<token> <class>'.",
     )
+    repeats: PositiveInt = Field(1, description="How often each picture is shown in an epoch; kohya's subfolders multiply it by their own.")
     class_noun: str = Field(
         "", description="What your subject is, without the trigger word ('a photo of a cat'): the first pinned prompt where you list none."
-    )
-    regularisation_folder: Path | None = Field(
-        None,
-        description="Pictures of the class without your subject (as many an epoch as training pictures), with captions, or with "
-        "data.class_noun as the caption.",
-    )
-    masks: Literal["off", "file", "alpha"] = Field(
-        "off", description="Train a part of pictures only: what is white in NAME-masklabel.png beside NAME.png, or what alpha shows."
     )
     trigger: str = Field("", description="Trigger word: replaces {trigger} in captions, or is put before those that lack it.")
     missing_caption: Literal["error", "empty", "trigger"] = Field(
         "error", description="What a picture without a caption gets: an error, the empty caption, or the trigger word."
     )
-    on_bad_image: Literal["error", "skip"] = Field(
-        "error", description="Whether an unreadable picture ends the run or is skipped and named."
+    caption_lines: Literal["join", "pick"] = Field(
+        "join", description="Several lines of a caption: joined to one, or one of them picked each time the picture is shown."
     )
-    repeats: PositiveInt = Field(1, description="How often each picture is shown in an epoch.")
-    resolution: int = Field(512, ge=16, le=4096, description="Training size in px: buckets hold at most resolution x resolution pixels.")
-    bucket_step: int = Field(64, ge=8, le=256, description="Sides of the aspect-ratio buckets are multiples of this many px.")
-    flip: bool = Field(False, description="Also show each picture mirrored; harms what has a left and a right.")
-    caption_dropout: Share = Field(0.0, description="Share of steps at which a picture is shown with the empty caption.")
+    caption_prefix: str = Field("", description="Stands before every caption, just as written: 'a photo of {trigger}, '.")
+    caption_suffix: str = Field("", description="Stands behind every caption, just as written.")
     shuffle_tags: bool = Field(False, description="Shuffle the comma-separated tags of a caption each time it is shown.")
-    keep_tags: Count = Field(1, description="How many leading tags stay in place when tags are shuffled; the trigger word is one.")
+    keep_tags: Count = Field(
+        1,
+        description="How many leading tags stay in place when tags are shuffled or left out; the trigger word is one, the prefix is none.",
+    )
+    caption_dropout: Share = Field(0.0, description="Share of steps at which a picture is shown with the empty caption.")
+    tag_dropout: Share = Field(0.0, description="Share of a caption's tags that are left out each time it is shown.")
+    flip: bool = Field(False, description="Also show each picture mirrored; harms what has a left and a right.")
+    masks: Literal["off", "file", "alpha"] = Field(
+        "off", description="Train a part of pictures only: what is white in NAME-masklabel.png beside NAME.png, or what alpha shows."
+    )
+
+
+class SetOptions(PictureOptions):
+    """One [[data.sets]] table."""
+
+    folder: Path = Field(description="As data.folder.")
+    weight: float = Field(1.0, ge=0, description="How much its pictures count in the loss.")
+    regularises: bool = Field(
+        False,
+        description="Shows the class without your subject: shown as often an epoch as all training pictures, told no trigger word, and "
+        "class_noun where there is no caption.",
+    )
 
     @model_validator(mode="after")
     def _a_trigger_is_named_where_it_is_used(self) -> Self:
+        if self.regularises and (self.trigger or self.missing_caption == "trigger"):
+            raise ValueError("data.sets: a set that regularises does without your subject, and so without trigger: leave it out")
         if self.missing_caption == "trigger" and not self.trigger:
             raise ValueError("data.missing_caption = 'trigger' needs a trigger word: set data.trigger")
+        if "{trigger}" in self.caption_prefix + self.caption_suffix and not self.trigger:
+            raise ValueError("data.caption_prefix or caption_suffix has {trigger} in it: set data.trigger")
         return self
+
+
+# What [data] says of the subject, or of files beside its pictures, which a set without the subject does not take over.
+OF_THE_SUBJECT = frozenset({"trigger", "missing_caption", "caption_prefix", "caption_suffix", "masks"})
+
+
+class DataOptions(PictureOptions):
+    regularisation_folder: Path | None = Field(
+        None,
+        description="Pictures of the class without your subject (as many an epoch as training pictures), with captions, or with "
+        "data.class_noun as the caption. Short for a set with regularises = true.",
+    )
+    on_bad_image: Literal["error", "skip"] = Field(
+        "error", description="Whether an unreadable picture ends the run or is skipped and named."
+    )
+    resolution: int = Field(512, ge=16, le=4096, description="Training size in px: buckets hold at most resolution x resolution pixels.")
+    bucket_step: int = Field(64, ge=8, le=256, description="Sides of the aspect-ratio buckets are multiples of this many px.")
+    sets: tuple[SetOptions, ...] = Field(
+        (),
+        description="Several folders in the place of data.folder, each a [[data.sets]] table in a file: folder; "
+        + "; ".join(
+            f"{key} = {str(field.default).lower()}, {str(field.description)[0].lower()}{str(field.description)[1:].rstrip('.')}"
+            for key, field in SetOptions.model_fields.items()
+            if key not in PictureOptions.model_fields
+        )
+        + f"; and {', '.join(key for key in PictureOptions.model_fields if key != 'folder')}, each as in [data] where left out.",
+    )  # last, as TOML wants its tables behind the section's other keys
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sets_take_over_what_they_leave_out(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "sets" not in values:
+            return values
+        if values["sets"] and "folder" in values:
+            raise ValueError(f"data.folder = '{values['folder']}' and data.sets both say where pictures are: leave one of them out")
+        return values | {"sets": [_shared(values, one.get("regularises", False)) | one for one in values["sets"]]}
+
+    @model_validator(mode="after")
+    def _every_set_is_whole(self) -> Self:
+        self.every_set()
+        return self
+
+    def every_set(self) -> tuple[SetOptions, ...]:
+        """Those of data.sets, or the one in data.folder; then the one in data.regularisation_folder."""
+        own = dict(self)
+        sets = self.sets or (SetOptions(folder=self.folder, **_shared(own, False)),)
+        if self.regularisation_folder is None:
+            return sets
+        return (*sets, SetOptions(folder=self.regularisation_folder, regularises=True, **_shared(own, True)))
+
+
+def _shared(data: dict[str, Any], regularises: bool) -> dict[str, Any]:
+    """What a set that says nothing else takes over from [data]."""
+    kept = PictureOptions.model_fields.keys() - {"folder"} - (OF_THE_SUBJECT if regularises else frozenset())
+    return {key: value for key, value in data.items() if key in kept}
 
 
 class LoraOptions(Section):
@@ -252,7 +326,9 @@ class LossOptions(Section):
         description="Weight of the base-model prior: for pinned prompts the model must predict what it predicts without the LoRA.",
     )
     prior_samples: PositiveInt = Field(1, description="Samples of the base-model prior a batch; each costs a picture's time and a half.")
-    regularisation: float = Field(1.0, ge=0, description="Weight of the pictures in data.regularisation_folder.")
+    regularisation: float = Field(
+        1.0, ge=0, description="Weight of the pictures in data.regularisation_folder and in sets that regularise, times the set's own."
+    )
     unmasked: Share = Field(0.0, description="Weight of what a picture's mask leaves out, where data.masks is on.")
 
     @model_validator(mode="after")
@@ -363,6 +439,8 @@ def load(files: Sequence[Path] = (), flags: Sequence[tuple[str, str]] = ()) -> C
         for section, values in read.items():
             merged.setdefault(section, {}).update(values)
     for name, text in flags:
+        if name.replace("-", "_").split(".")[:2] in (["data", "sets"], ["sets"]):
+            raise ConfigError(f"--{name}: sets are written as [[data.sets]] tables in a TOML file; no flag can set them.")
         option = _find(name)
         section, key = option.name.split(".")
         merged.setdefault(section, {})[key] = _value(option, text)
@@ -376,10 +454,22 @@ def dump(config: Config) -> str:
         section, key = option.name.split(".")
         table = document.setdefault(section, tomlkit.table())
         value = getattr(getattr(config, section), key)
-        if value is not None:
+        unused = value is None or value == () == option.default or (option.name == "data.folder" and config.data.sets)
+        if not unused:
             table.add(tomlkit.comment(str(option.field.description)))
-            table.add(key, str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value)
+            table.add(key, _plain(value))
     return tomlkit.dumps(document)
+
+
+def _plain(value: Any) -> Any:
+    """An option's value in TOML's own types."""
+    if isinstance(value, Section):
+        return {key: _plain(of) for key, of in value if of is not None}
+    if isinstance(value, tuple):
+        return [_plain(of) for of in value]
+    if isinstance(value, dict):
+        return tomlkit.inline_table() | value  # a table of its own would take the descriptions behind it along
+    return str(value) if isinstance(value, Path) else value
 
 
 def _validate(values: dict[str, Any]) -> Config:
@@ -390,6 +480,8 @@ def _validate(values: dict[str, Any]) -> Config:
         if first["type"] == "value_error":  # one of our own sentences
             raise ConfigError(f"{first['ctx']['error']}.") from None
         name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise ConfigError(f"{name} is missing.") from None
         message = first["msg"][0].lower() + first["msg"][1:]
         raise ConfigError(f"{name} = {first['input']!r}: {message}.") from None
 
@@ -404,6 +496,15 @@ def _check_names(read: dict[str, Any], path: Path) -> None:
         for key in values:
             if f"{section}.{key}" not in known:
                 raise ConfigError(f"{path}: {section}.{key} is not an option.{_near(f'{section}.{key}', known)}")
+    _check_sets(read.get("data", {}).get("sets", []), path)
+
+
+def _check_sets(sets: Any, path: Path) -> None:
+    if not isinstance(sets, list) or not all(isinstance(one, dict) for one in sets):
+        raise ConfigError(f"{path}: data.sets must be tables, each written [[data.sets]].")
+    for key in (key for one in sets for key in one):
+        if key not in SetOptions.model_fields:
+            raise ConfigError(f"{path}: {key} is not an option of [[data.sets]].{_near(key, SetOptions.model_fields)}")
 
 
 def _find(name: str) -> Option:
@@ -453,6 +554,8 @@ def _type_name(annotation: Any) -> str:
         return f"list of {_type_name(arguments[0])}"
     if origin is dict:
         return f"table of {_type_name(arguments[0])} = {_type_name(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "tables"
     if arguments:  # X | None
         return " or ".join("unset" if a is type(None) else _type_name(a) for a in arguments)
     return {str: "text", int: "integer", float: "number", bool: "true | false", Path: "path", Any: "value"}[annotation]

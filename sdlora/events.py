@@ -17,7 +17,7 @@ class Planned:
     """Before training: what is going to happen."""
 
     images: int
-    repeats: int
+    repeats: int  # of each training picture an epoch; 1 where sets differ
     buckets: dict[str, int]  # "512x768" -> pictures
     steps: int
     steps_per_epoch: int

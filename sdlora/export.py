@@ -74,6 +74,9 @@ def metadata(
     learned = {formats.webui_name(name): round(alpha, 6) for name, alpha in learned_alphas(layers).items()}
     arguments = config.lora.model_dump(mode="json") | {"up_ratio": options.up_ratio, "layer_rates": options.layer_rates}
     trained = [item for item in items if not item.regularises]
+    by_folder: dict[str, list[Item]] = {}
+    for item in trained:
+        by_folder.setdefault(item.example.path.parent.name, []).append(item)
     return (
         family.metadata(model)
         | ({formats.LEARNED_ALPHAS: json.dumps(learned)} if learned else {})
@@ -93,17 +96,16 @@ def metadata(
                 "mixed_precision": "no" if config.train.precision == "fp32" else config.train.precision,
                 "batch_size_per_device": config.train.batch_size,
                 "gradient_accumulation_steps": config.train.accumulation,
-                "num_train_images": len(trained) * config.data.repeats,
-                "num_reg_images": len(items) - len(trained),
+                "num_train_images": sum(item.repeats for item in trained),
+                "num_reg_images": sum(item.repeats for item in items if item.regularises),
                 "min_snr_gamma": config.loss.min_snr_gamma or None,
                 "noise_offset": config.loss.noise_offset or None,
                 "sd_model_name": Path(config.model.base).name,
             },
-            captions=[item.example.caption for item in trained],
+            captions={folder: [item.example.caption for item in of] for folder, of in by_folder.items()},
+            repeats={folder: of[0].repeats for folder, of in by_folder.items()},
             buckets=[item.placed.bucket for item in trained],
-            folder=config.data.folder.name,
-            repeats=config.data.repeats,
-            trigger=config.data.trigger,
+            trigger=", ".join(dict.fromkeys(of.trigger for of in config.data.every_set() if of.trigger)),
             resolution=config.data.resolution,
         )
     )

@@ -1,32 +1,37 @@
-"""What a run trains on: pictures of a folder, placed in buckets, as latents that are computed once."""
+"""What a run trains on: pictures of its sets, placed in buckets, as latents that are computed once."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
-from sdlora.config import Config, DataOptions
+from sdlora.config import Config, SetOptions
 from sdlora.data import images
 from sdlora.data.buckets import Placed, place
 from sdlora.data.cache import TensorCache, fingerprint
-from sdlora.data.dataset import Example, find_examples
+from sdlora.data.captions import PLACEHOLDER, CaptionRules
+from sdlora.data.dataset import Example, find_examples, find_subsets
+from sdlora.errors import DataError
 from sdlora.models.family import Family, Model
 
 
 @dataclass(frozen=True)
 class Item:
-    """What one place in an epoch shows: a picture, upright or mirrored, in its bucket."""
+    """A picture as it is shown, upright or mirrored, in its bucket; how often, and how much it counts."""
 
     example: Example
     placed: Placed
     mirrored: bool
+    repeats: int = 1  # in an epoch
     weight: float = 1.0  # of its loss
     regularises: bool = False  # of the class and not of the subject
+    rules: CaptionRules = field(default=CaptionRules())
 
 
 class Posterior(NamedTuple):
@@ -38,27 +43,66 @@ class Posterior(NamedTuple):
 
 
 def find_items(config: Config) -> tuple[list[Item], list[tuple[Path, str]]]:
-    """Items in the order of their names, regularisation pictures behind the training pictures; and what was skipped, with the reason.
+    """Items of all sets in the order of their names, those that regularise last; and what was skipped, with the reason.
     Raises DataError."""
-    data = config.data
-    found = find_examples(
-        data.folder, missing_caption=data.missing_caption, trigger=data.trigger, on_bad_image=data.on_bad_image, masks=data.masks
-    )
-    items, skipped = _placed(found.examples, data), list(found.skipped)
-    if data.regularisation_folder is not None:
-        missing: Literal["empty", "error"] = "empty" if data.class_noun else "error"
-        regular = find_examples(data.regularisation_folder, missing_caption=missing, trigger="", on_bad_image=data.on_bad_image)
-        named = [replace(example, caption=example.caption or data.class_noun) for example in regular.examples]
-        others = _placed(named, data, config.loss.regularisation, True)
-        items += [others[number % len(others)] for number in range(len(items))]  # as many as training pictures, as DreamBooth has it
-        skipped += regular.skipped
-    return items, skipped
+    training: list[Item] = []
+    regularising: list[Item] = []
+    skipped: list[tuple[Path, str]] = []
+    for options in config.data.every_set():
+        subsets, left_out = find_subsets(options.folder)
+        skipped += left_out
+        for subset in subsets:
+            found = find_examples(
+                subset.folder,
+                caption_lines=options.caption_lines,
+                missing_caption=options.missing_caption,
+                trigger=options.trigger,
+                around=options.caption_prefix + options.caption_suffix,
+                fallback=subset.caption or (options.class_noun if options.regularises else ""),
+                on_bad_image=config.data.on_bad_image,
+                masks=options.masks,
+            )
+            items = _placed(found.examples, config, options, options.repeats * subset.repeats)
+            (regularising if options.regularises else training).extend(items)
+            skipped += found.skipped
+    if not training:
+        raise DataError("data.sets: every set regularises, so there is nothing to learn; add one of your subject.")
+    shown = as_often(regularising, sum(item.repeats for item in training))
+    kept = {item.example.path for item in shown}
+    unshown = Counter(path.parent for path in {item.example.path for item in regularising} - kept)
+    for folder, count in sorted(unshown.items()):
+        skipped.append((folder, f"the last {count} of its pictures: an epoch shows as many regularisation pictures as training pictures"))
+    return training + shown, skipped
 
 
-def _placed(examples: Sequence[Example], data: DataOptions, weight: float = 1.0, regularises: bool = False) -> list[Item]:
-    sides = (False, True) if data.flip else (False,)
+def as_often(items: Sequence[Item], times: int) -> list[Item]:
+    """The items with such repeats that an epoch shows all of them together `times` times, as DreamBooth has it; what they had are
+    their shares. Those for which nothing is left are not among them."""
+    most = max((item.repeats for item in items), default=0)
+    turns = [index for number in range(most) for index, item in enumerate(items) if item.repeats > number]
+    if not turns:
+        return []
+    rounds, rest = divmod(times, len(turns))
+    counts = Counter(turns[:rest])
+    shares = [rounds * item.repeats + counts[index] for index, item in enumerate(items)]
+    return [replace(item, repeats=repeats) for item, repeats in zip(items, shares, strict=True) if repeats]
+
+
+def _placed(examples: Sequence[Example], config: Config, options: SetOptions, repeats: int) -> list[Item]:
+    data, sides = config.data, (False, True) if options.flip else (False,)
+    weight = options.weight * (config.loss.regularisation if options.regularises else 1.0)
+    prefix, suffix = (text.replace(PLACEHOLDER, options.trigger) for text in (options.caption_prefix, options.caption_suffix))
+    rules = CaptionRules(options.caption_dropout, options.tag_dropout, options.shuffle_tags, options.keep_tags, prefix, suffix)
     return [
-        Item(example, place(example.size, resolution=data.resolution, step=data.bucket_step), mirrored, weight, regularises)
+        Item(
+            example,
+            place(example.size, resolution=data.resolution, step=data.bucket_step),
+            mirrored,
+            repeats,
+            weight,
+            options.regularises,
+            rules,
+        )
         for example in examples
         for mirrored in sides
     ]

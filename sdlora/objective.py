@@ -175,16 +175,10 @@ class Objective:
 
     def captions(self, step: int, part: int) -> list[str]:
         """What a batch is told."""
-        data, indices = self.config.data, self.plan.batch(step * self.config.train.accumulation + part)
+        shown = [self.items[index] for index in self.plan.batch(step * self.config.train.accumulation + part)]
         return [
-            choose_caption(
-                self.items[index].example.caption,
-                Random(seed),
-                dropout=data.caption_dropout,
-                shuffle=data.shuffle_tags,
-                keep_tokens=data.keep_tags,
-            )
-            for index, seed in zip(indices, self._seeds(step, part, "caption"), strict=True)
+            choose_caption(item.example.caption, Random(seed), item.rules)
+            for item, seed in zip(shown, self._seeds(step, part, "caption"), strict=True)
         ]
 
     def _pinned(self, batch: int, purpose: str, count: int) -> list[str]:
@@ -212,9 +206,9 @@ class Objective:
 
 
 def pinned_prompts(config: Config) -> tuple[str, ...]:
-    """The user's own, or the class noun and what every model draws."""
-    noun = (config.data.class_noun,) if config.data.class_noun else ()
-    return config.loss.pinned_prompts or (*noun, *GENERIC_PROMPTS)
+    """The user's own, or the class nouns and what every model draws."""
+    nouns = dict.fromkeys(of.class_noun for of in config.data.every_set() if of.class_noun)
+    return config.loss.pinned_prompts or (*nouns, *GENERIC_PROMPTS)
 
 
 def noise_schedule_of(model: Model, config: Config) -> NoiseSchedule:

@@ -72,11 +72,12 @@ def describe(config: Config, model: Model, items: Sequence[Item], plan: BatchPla
     for item in items:
         width, height = item.placed.bucket
         buckets[f"{width}x{height}"] = buckets.get(f"{width}x{height}", 0) + 1
+    repeats = {item.repeats for item in items if not item.regularises}
     trainable = sum(layer.trained_numbers for layer in layers.values())
     largest = max((item.placed.bucket for item in items), key=lambda bucket: bucket[0] * bucket[1])
     return events.Planned(
         images=len({item.example.path for item in items}),
-        repeats=config.data.repeats,
+        repeats=repeats.pop() if len(repeats) == 1 else 1,
         buckets=buckets,
         steps=config.train.steps,
         steps_per_epoch=-(-plan.steps_per_epoch // config.train.accumulation),

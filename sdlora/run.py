@@ -58,8 +58,9 @@ class Run:
 
 def create(config: Config) -> Run:
     """Make a new run folder `<output.runs>/<output.name>`, or `<name>-2` and so on where that is taken."""
-    if not config.data.folder.exists():
-        raise ConfigError(f"data.folder: there is no folder {config.data.folder}.")
+    for of in config.data.every_set():
+        if not of.folder.exists():
+            raise ConfigError(f"data: there is no folder {of.folder}.")
     config = with_absolute_paths(config)
     for number in range(1, 10_000):
         folder = config.output.runs / (config.output.name if number == 1 else f"{config.output.name}-{number}")
@@ -79,13 +80,15 @@ def create(config: Config) -> Run:
 
 def with_absolute_paths(config: Config) -> Config:
     """So that resume works from any folder; a relative base stays a name unless it exists."""
+
     def resolved(section: Section) -> Section:
         return section.model_copy(update={key: value.resolve() for key, value in section if isinstance(value, Path)})
 
     base, model = Path(config.model.base), config.model
     if base.exists() and config.model.base != "mini":
         model = model.model_copy(update={"base": str(base.resolve())})
-    return config.model_copy(update={"data": resolved(config.data), "lora": resolved(config.lora), "model": model})
+    data = resolved(config.data).model_copy(update={"sets": tuple(resolved(of) for of in config.data.sets)})
+    return config.model_copy(update={"data": data, "lora": resolved(config.lora), "model": model})
 
 
 def open_run(folder: Path) -> Run:

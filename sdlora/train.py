@@ -45,7 +45,7 @@ def train(run: Run) -> Iterator[events.Event]:
     options = config.optimizer
     optimizers.check(options.algorithm, schedule=options.schedule, ema=options.ema, matched=options.matched)
     items, skipped = find_items(config)
-    plan = BatchPlan([item.placed.bucket for item in items], config.data.repeats, config.train.batch_size, config.train.seed)
+    plan = BatchPlan([item.placed.bucket for item in items], [item.repeats for item in items], config.train.batch_size, config.train.seed)
 
     family, model = families.load(config.model.base, DTYPES[config.train.precision], pick_device(config.train.device))
     for prompt in prompts:

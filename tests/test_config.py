@@ -72,6 +72,75 @@ def test_wrong_files_get_one_sentence(tmp_path: Path, text: str, message: str) -
     assert message in str(error.value)
 
 
+SETS = """
+[data]
+trigger = "ohwx"
+repeats = 2
+caption_prefix = "a {trigger}, "
+masks = "alpha"
+[[data.sets]]
+folder = "one"
+[[data.sets]]
+folder = "two"
+repeats = 5
+trigger = "sks"
+[[data.sets]]
+folder = "three"
+regularises = true
+weight = 0.5
+class_noun = "a \\"cat\\""
+"""
+
+
+def test_a_set_takes_from_data_what_it_leaves_out(tmp_path: Path) -> None:
+    config = load([file(tmp_path, "a.toml", SETS)], [("data.flip", "true")])
+    one, two, three = config.data.every_set()
+    assert config.data.sets == (one, two, three)
+    assert (one.repeats, one.trigger, one.caption_prefix, one.masks, one.weight) == (2, "ohwx", "a {trigger}, ", "alpha", 1.0)
+    assert (two.repeats, two.trigger) == (5, "sks")
+    assert (three.repeats, three.trigger, three.caption_prefix, three.masks, three.class_noun) == (2, "", "", "off", 'a "cat"')
+    assert [of.flip for of in (one, two, three)] == [True] * 3
+    assert load([file(tmp_path, "b.toml", dump(config))]) == config
+    later = file(tmp_path, "c.toml", '[[data.sets]]\nfolder = "four"')
+    assert [of.folder for of in load([file(tmp_path, "a.toml", SETS), later]).data.sets] == [Path("four")]
+
+
+def test_the_short_forms_are_sets() -> None:
+    data = load([], [("data.folder", "a"), ("regularisation_folder", "b"), ("trigger", "sks"), ("shuffle_tags", "true")]).data
+    own, other = data.every_set()
+    assert (own.folder, own.trigger, own.regularises) == (Path("a"), "sks", False)
+    assert (other.folder, other.trigger, other.regularises) == (Path("b"), "", True)
+    assert own.shuffle_tags and other.shuffle_tags
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[data.sets]]\nfolder = "a"\nrepeat = 3', "repeat is not an option of [[data.sets]]. Did you mean repeats?"),
+        ('[[data.sets]]\nfolder = "a"\nresolution = 3', "resolution is not an option of [[data.sets]]."),
+        ("[[data.sets]]\nrepeats = 3", "data.sets.0.folder is missing."),
+        ('[[data.sets]]\nfolder = "a"\n[[data.sets]]\nfolder = "b"\nrepeats = 0', "data.sets.1.repeats = 0: input should be"),
+        ('[data.sets]\nfolder = "a"', "data.sets must be tables, each written [[data.sets]]."),
+        ("[data]\nsets = [3]", "data.sets must be tables"),
+        ('[data]\nfolder = "b"\n[[data.sets]]\nfolder = "a"', "data.folder = 'b' and data.sets both say"),
+        ('[[data.sets]]\nfolder = "a"\nmissing_caption = "trigger"', "needs a trigger word"),
+        ('[[data.sets]]\nfolder = "a"\nregularises = true\ntrigger = "sks"', "does without your subject"),
+        ('[[data.sets]]\nfolder = "a"\ncaption_suffix = "{trigger}"', "has {trigger} in it: set data.trigger"),
+        ('[data]\ncaption_prefix = "{trigger}, "', "has {trigger} in it: set data.trigger"),
+    ],
+)
+def test_wrong_sets_get_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load([file(tmp_path, "a.toml", text)])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["data.sets", "sets", "data.sets.0.repeats"])
+def test_no_flag_sets_sets(flag: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--{flag}: sets are written as \[\[data.sets\]\] tables in a TOML file"):
+        load([], [(flag, "[]")])
+
+
 def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     file(tmp_path, "mini.toml", "")
     with pytest.raises(ConfigError, match=r"Did you mean .*mini\.toml"):

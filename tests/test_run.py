@@ -47,3 +47,15 @@ def test_every_path_in_the_run_folder_is_absolute(tmp_path: Path, monkeypatch: p
     made = run.create(config.load([], list(options.items()))).config
     assert made.data.folder == tmp_path / "pictures" and made.data.regularisation_folder == tmp_path / "others"
     assert made.lora.alpha_from == tmp_path / "earlier.safetensors" and made.model.base == "mini"
+
+
+def test_the_folders_of_sets_are_absolute_and_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "a.toml").write_text('[[data.sets]]\nfolder = "one"\n[[data.sets]]\nfolder = "two"\nrepeats = 3')
+    of = config.load([tmp_path / "a.toml"])
+    with pytest.raises(ConfigError, match="there is no folder two"):
+        run.create(of)
+    (tmp_path / "two").mkdir()
+    made = run.create(of).config.data.sets
+    assert [(of.folder, of.repeats) for of in made] == [(tmp_path / "one", 1), (tmp_path / "two", 3)]

@@ -461,7 +461,8 @@ def test_regularisation_pictures_are_shown_as_often_and_weigh_what_is_asked(make
     for number in range(2):
         Image.new("RGB", (32, 32), (40 * number, 90, 10)).save(others / f"{number}.png")
     items, _ = find_items(make(regularisation_folder=others, class_noun="a dog", loss__regularisation=0.5, trigger="ohwx").config)
-    assert [(item.weight, item.regularises) for item in items] == [(1.0, False)] * 5 + [(0.5, True)] * 5
+    shown = [(item.repeats, item.weight, item.regularises) for item in items]
+    assert shown == [(1, 1.0, False)] * 5 + [(3, 0.5, True), (2, 0.5, True)]  # as often as the five together
     assert {item.example.caption for item in items[5:]} == {"a dog"} and all("ohwx" in item.example.caption for item in items[:5])
     with pytest.raises(DataError, match="no caption"):
         find_items(make(regularisation_folder=others).config)

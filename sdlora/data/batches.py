@@ -11,8 +11,8 @@ Item = TypeVar("Item")
 class BatchPlan:
     """The order of the examples for ever; remembers the epoch it drew last, which changes the speed and nothing else."""
 
-    def __init__(self, buckets: Sequence[Hashable], repeats: int, batch_size: int, seed: int) -> None:
-        """buckets[i] is the bucket of example i; a batch never mixes two."""
+    def __init__(self, buckets: Sequence[Hashable], repeats: Sequence[int], batch_size: int, seed: int) -> None:
+        """buckets[i] is the bucket of example i, and a batch never mixes two; repeats[i], above 0, is how often an epoch shows it."""
         self._members: dict[Hashable, list[int]] = {}
         for index, bucket in enumerate(buckets):
             self._members.setdefault(bucket, []).append(index)
@@ -23,7 +23,8 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return sum(-(-len(members) * self._repeats // self._batch_size) for members in self._members.values())
+        shown = (sum(self._repeats[index] for index in members) for members in self._members.values())
+        return sum(-(-count // self._batch_size) for count in shown)
 
     def batch(self, step: int) -> tuple[int, ...]:
         """Indices of the examples of this step, counted from 0; fewer than the batch size only where a bucket ends."""
@@ -33,14 +34,35 @@ class BatchPlan:
         return self._drawn[1][position]
 
     def _draw(self, epoch: int) -> list[tuple[int, ...]]:
-        rng = random.Random(sample_seed(self._seed, epoch, 0, "epoch"))
+        rng, ranks_rng = (random.Random(sample_seed(self._seed, epoch, 0, purpose)) for purpose in ("epoch", "ranks"))
         batches = []
         for members in self._members.values():
-            # The repeats follow one another before the cut into batches, so only the bucket's last batch can be short;
-            # each is shuffled on its own, so an example comes again only after all the others.
-            order = [index for _ in range(self._repeats) for index in _shuffled(members, rng)]
+            # The passes follow one another before the cut into batches, so only the bucket's last batch can be short;
+            # each is shuffled on its own, so of equal repeats an example comes again only after all the others.
+            passes = spread(_shuffled(members, ranks_rng), self._repeats)
+            order = [index for shown in passes for index in _shuffled(sorted(shown), rng)]
             batches += [tuple(order[start : start + self._batch_size]) for start in range(0, len(order), self._batch_size)]
         return _shuffled(batches, rng)
+
+
+def spread(members: Sequence[int], repeats: Sequence[int]) -> list[list[int]]:
+    """As many passes over the members as the largest of their repeats; a member with fewer is in that many of them, evenly apart.
+
+    Members of equal repeats take turns in their order, so that passes come out equally long: no set of pictures ends before another.
+    """
+    most = max(repeats[index] for index in members)
+    alike: dict[int, list[int]] = {}
+    for index in members:
+        alike.setdefault(repeats[index], []).append(index)
+    passes: list[list[int]] = [[] for _ in range(most)]
+    for times, group in alike.items():
+        for rank, index in enumerate(group):
+            # How often before pass p: p * times / most, begun rank / len(group) of the way to the first showing, rounded down.
+            before = [(number * times * len(group) + rank * most) // (most * len(group)) for number in range(most + 1)]
+            for number in range(most):
+                if before[number + 1] > before[number]:
+                    passes[number].append(index)
+    return passes
 
 
 def sample_seed(seed: int, step: int, position: int, purpose: str) -> int:

@@ -1,24 +1,32 @@
-"""A folder of pictures with captions beside them -> the examples to train on, and what was left out and why."""
+"""A folder of pictures with captions -> the examples to train on, and what was left out and why.
+
+Captions come from metadata.jsonl or metadata.csv, or from a text file beside the picture. Where both have one, the table is right, as it is
+for Hugging Face's and kohya's programs; a text file that says something else is named among what was left out. A folder without pictures
+of its own may hold kohya's subfolders instead, `<repeats>_<token> <class>`.
+"""
 
 import difflib
 import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from sdlora.data.captions import PLACEHOLDER, apply_trigger, read_caption
+from sdlora.data import metadata
+from sdlora.data.captions import PLACEHOLDER, SEPARATORS, apply_trigger, read_caption
 from sdlora.data.images import IMAGE_SUFFIXES, examine
+from sdlora.data.metadata import leads_out
 from sdlora.errors import DataError
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # in this order under "auto"
 # Files that belong in a folder of pictures without being one: left out without a word, as is everything that begins with a dot.
 MASK_SUFFIX = "-masklabel"  # of the stem, as OneTrainer names masks
 STRAY_STEMS = frozenset({"thumbs", "desktop", "license", "licence", "readme", "copying", "notice", "credits"})
+KOHYA_NAME = re.compile(r"([1-9]\d{0,3})_(.*\S.*)")  # repeats, and what the pictures show; more digits would be a date
 NAMED_IN_MESSAGES = 3
 
 
@@ -36,7 +44,7 @@ class Example:
     """One picture and its caption, the trigger word already in it."""
 
     path: Path
-    caption: str
+    caption: str  # alternatives each on a line of its own
     size: tuple[int, int]  # upright width and height in pixels
     digest: str  # sha256 of the file's bytes, hex
     mask: Mask | None = None
@@ -48,50 +56,85 @@ class Found:
     skipped: tuple[tuple[Path, str], ...]  # each with the reason
 
 
+@dataclass(frozen=True)
+class Subset:
+    """A folder that holds pictures."""
+
+    folder: Path
+    repeats: int = 1
+    caption: str = ""  # of pictures that have none
+
+
+def find_subsets(folder: Path) -> tuple[list[Subset], list[tuple[Path, str]]]:
+    """The folder itself, or kohya's subfolders in it where it has no pictures; and what was left out, with the reason."""
+    files, subfolders = _list(folder)
+    kohya = {path: match for path in subfolders if (match := KOHYA_NAME.fullmatch(path.name))}
+    if not kohya or any(path.suffix.lower() in IMAGE_SUFFIXES or path.name in metadata.NAMES for path in files):
+        return [Subset(folder)], []
+    skipped = [(path, "its name does not begin with <repeats>_, as those beside it do") for path in subfolders if path not in kohya]
+    skipped += [(path, "not in one of the <repeats>_ folders") for path in files if path.stem.lower() not in STRAY_STEMS]
+    return [Subset(path, int(match[1]), match[2].strip()) for path, match in kohya.items()], skipped
+
+
 def find_examples(
     folder: Path,
     *,
     caption_extension: str = "auto",
+    caption_lines: Literal["join", "pick"] = "join",
     missing_caption: Literal["error", "empty", "trigger"],
     trigger: str,
+    around: str = "",
+    fallback: str = "",
     on_bad_image: Literal["error", "skip"],
     masks: Literal["off", "file", "alpha"] = "off",
 ) -> Found:
-    """The examples directly in `folder` in natural order of their names, each picture decoded once; raises DataError.
+    """The examples in `folder` in natural order of their names, each picture decoded once; raises DataError.
 
-    A caption belongs to the picture of exactly the same stem, and so does a mask, `cat-masklabel.png` beside `cat.jpg`, whose size must
-    be the picture's. `missing_caption` also covers captions of white space only.
+    These are the pictures directly in it, and those in subfolders that its table names. A text file belongs to the picture of exactly the
+    same stem beside it, and so does a mask, `cat-masklabel.png` beside `cat.jpg`, whose size must be the picture's. `fallback` is the
+    caption of pictures that have none or only white space, and where that is empty, too, `missing_caption` says what becomes of them.
+    around: what a prefix and a suffix will put round each caption, where the trigger may stand as well.
     """
+    separator = SEPARATORS[caption_lines]
     files, subfolders = _list(folder)
+    table = metadata.read_table(folder, separator)
+    named = table.captions if table else {}
+    files += _below(folder, named)
+    listed = set(files)
+    skipped = [*table.skipped, *((path, "a hidden file") for path in named if path not in listed)] if table else []
+    within = {parent for path in named for parent in path.parents}
+    skipped += [(path, "a subfolder; only the pictures directly in the folder are used") for path in subfolders if path not in within]
+    files = [path for path in files if table is None or path != table.path]
     mask_files = [path for path in files if _is_mask(path)]
     files = [path for path in files if not _is_mask(path)]
     pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not pictures:
         raise DataError(f"{folder} has no pictures ({_extensions(IMAGE_SUFFIXES)}): {_contents(files, subfolders)}.")
     suffixes = CAPTION_SUFFIXES if caption_extension == "auto" else ("." + caption_extension.lower().lstrip("."),)
-    sidecars = {(path.stem, path.suffix.lower()): path for path in files if path.suffix.lower() in suffixes}
+    sidecars = {(_place(path), path.suffix.lower()): path for path in files if path.suffix.lower() in suffixes}
     _refuse_shared_captions(pictures, list(sidecars.values()))
 
     examples: list[Example] = []
-    skipped = [(path, "a subfolder; only the pictures directly in the folder are used") for path in subfolders]
     without_caption: list[Path] = []
-    used: dict[str, Path] = {}  # stem -> the caption file that was read for it
-    for path, (size, digest) in zip(pictures, _examine_all(pictures), strict=True):
+    passed_over: dict[Path, Path] = {}  # caption file -> the file that was right instead
+    for path, (size, digest) in zip(pictures, _examine_all(pictures, folder), strict=True):
         if isinstance(size, str):
             if on_bad_image == "error":
                 raise DataError(f"{path} cannot be read: {size}; repair or remove it, or set on_bad_image to 'skip'.")
             skipped.append((path, size))
             continue
-        caption = ""
-        for sidecar in (sidecars[path.stem, suffix] for suffix in suffixes if (path.stem, suffix) in sidecars):
-            used[path.stem] = sidecar
-            caption = read_caption(sidecar)
-            if caption:
-                break
-        if caption:
+        beside = [sidecars[_place(path), suffix] for suffix in suffixes if (_place(path), suffix) in sidecars]
+        written = {sidecar: read_caption(sidecar, separator) for sidecar in beside}
+        sources = ({table.path: named.get(path, "")} if table else {}) | written
+        source = next((source for source, text in sources.items() if text), None)
+        if source is not None:
+            caption = sources[source]
+            passed_over |= {sidecar: source for sidecar, text in written.items() if text != caption}
             if PLACEHOLDER in caption and not trigger:
-                raise DataError(f"The caption {used[path.stem]} has {PLACEHOLDER} in it but no trigger is set; set one or take it out.")
-            caption = apply_trigger(caption, trigger)
+                raise DataError(f"The caption {source} has {PLACEHOLDER} in it but no trigger is set; set one or take it out.")
+            caption = apply_trigger(caption, trigger, around)
+        elif fallback:
+            caption = apply_trigger(fallback, trigger, around)
         else:
             without_caption.append(path)
             caption = trigger if missing_caption == "trigger" else ""
@@ -101,33 +144,57 @@ def find_examples(
         first, reason = next(left_out for left_out in skipped if left_out[0] in pictures)
         raise DataError(f"None of the {len(pictures)} pictures in {folder} can be read; the first, {first.name}: {reason}.")
     if without_caption and missing_caption == "error":
-        named = ", ".join(path.name for path in without_caption[:NAMED_IN_MESSAGES])
+        names = ", ".join(path.name for path in without_caption[:NAMED_IN_MESSAGES])
         raise DataError(
             f"{len(without_caption)} of {len(examples)} pictures in {folder} have no caption"
-            f" ({named}{', ...' if len(without_caption) > NAMED_IN_MESSAGES else ''}); write each into a file of the same name that ends in"
+            f" ({names}{', ...' if len(without_caption) > NAMED_IN_MESSAGES else ''}); write each into a file of the same name that ends in"
             f" {' or '.join(suffixes)}, or set missing_caption to 'trigger' or 'empty'."
         )
     if masks == "file":
         examples = _with_masks(examples, mask_files)
     else:
         skipped += [(path, "a mask; set data.masks = 'file' to use it") for path in mask_files]
-    return Found(tuple(examples), tuple(skipped + _left_over(files, suffixes, used)))
+    return Found(tuple(examples), tuple(skipped + _left_over(files, suffixes, passed_over)))
+
+
+def _place(path: Path) -> Path:
+    """What a picture and its caption share."""
+    return path.parent / path.stem
+
+
+def _below(folder: Path, named: Mapping[Path, str]) -> list[Path]:
+    """Of the subfolders that a table names pictures in: these, and their captions and masks."""
+    places = {_place(path) for path in named if path.parent != folder}
+    parents = sorted({place.parent for place in places})
+    files = [path for parent in parents for path in _list(parent)[0]]
+    return [
+        path
+        for path in files
+        if path in named
+        or (_place(path) in places and path.suffix.lower() not in IMAGE_SUFFIXES)
+        or (_is_mask(path) and _masked(path) in places)
+    ]
 
 
 def _is_mask(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.stem.endswith(MASK_SUFFIX)
 
 
+def _masked(mask: Path) -> Path:
+    """The place of the picture that a mask is for."""
+    return mask.parent / mask.stem.removesuffix(MASK_SUFFIX)
+
+
 def _with_masks(examples: Sequence[Example], files: Sequence[Path]) -> list[Example]:
-    """Each example with the mask of its stem, if there is one."""
-    by_stem = {path.stem.removesuffix(MASK_SUFFIX): path for path in files}
-    strays = by_stem.keys() - {example.path.stem for example in examples}
+    """Each example with the mask of its name, if there is one."""
+    by_place = {_masked(path): path for path in files}
+    strays = by_place.keys() - {_place(example.path) for example in examples}
     if strays or not files:
-        named = f"{by_stem[min(strays)].name} belongs to no picture" if strays else f"there is no NAME{MASK_SUFFIX}.png in the folder"
+        named = f"{by_place[min(strays)].name} belongs to no picture" if strays else f"there is no NAME{MASK_SUFFIX}.png in the folder"
         raise DataError(f"data.masks = 'file', but {named}; name each mask after its picture.")
     found = []
     for example in examples:
-        path = by_stem.get(example.path.stem)
+        path = by_place.get(_place(example.path))
         if path is None:
             found.append(example)
             continue
@@ -161,10 +228,12 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
     return parts, path.name
 
 
-def _examine_all(pictures: Sequence[Path]) -> list[tuple[tuple[int, int] | str, str]]:
+def _examine_all(pictures: Sequence[Path], root: Path) -> list[tuple[tuple[int, int] | str, str]]:
     """Size (or the reason why the picture cannot be read) and digest of each; Pillow and hashlib let threads run at once."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # each holds a whole picture in memory
-        sizes = list(pool.map(examine, pictures))
+        sizes = list(
+            pool.map(lambda path: "it is a link that leads out of the folder" if leads_out(path, root) else examine(path), pictures)
+        )
         readable = [path for path, size in zip(pictures, sizes, strict=True) if not isinstance(size, str)]
         digests = dict(zip(readable, pool.map(_digest, readable), strict=True))
     return [(size, digests.get(path, "")) for path, size in zip(pictures, sizes, strict=True)]
@@ -175,28 +244,27 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _left_over(files: Sequence[Path], suffixes: Sequence[str], used: dict[str, Path]) -> list[tuple[Path, str]]:
+def _left_over(files: Sequence[Path], suffixes: Sequence[str], passed_over: Mapping[Path, Path]) -> list[tuple[Path, str]]:
     """The files that are neither picture nor caption of one, each with the reason; strays are not worth a line."""
-    stems = {path.stem for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+    places = {_place(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
     left_over = []
     for path in files:
         is_caption = path.suffix.lower() in suffixes
-        if path.suffix.lower() in IMAGE_SUFFIXES or path == used.get(path.stem):
-            continue
-        if is_caption and path.stem in stems:
-            if path.stem in used:  # else its picture is listed, as unreadable
-                left_over.append((path, f"the caption is taken from {used[path.stem].name}"))
+        if path in passed_over:
+            left_over.append((path, f"the caption is taken from {passed_over[path].name}"))
+        elif path.suffix.lower() in IMAGE_SUFFIXES or (is_caption and _place(path) in places):
+            continue  # used, or its picture is listed, as unreadable
         elif path.stem.lower() not in STRAY_STEMS:
             left_over.append((path, "a caption without a picture of the same name" if is_caption else "not a picture"))
     return left_over
 
 
 def _refuse_shared_captions(pictures: Sequence[Path], sidecars: Sequence[Path]) -> None:
-    by_stem: dict[str, list[Path]] = {}
+    by_place: dict[Path, list[Path]] = {}
     for path in pictures:
-        by_stem.setdefault(path.stem, []).append(path)
+        by_place.setdefault(_place(path), []).append(path)
     for sidecar in sidecars:
-        sharing = by_stem.get(sidecar.stem, [])
+        sharing = by_place.get(_place(sidecar), [])
         if len(sharing) > 1:
             names = " and ".join(path.name for path in sharing)
             raise DataError(

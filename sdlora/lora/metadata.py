@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,15 +17,18 @@ def kohya_metadata(
     alpha: float,
     network_args: dict[str, Any],
     training: dict[str, Any],
-    captions: Sequence[str],
+    captions: Mapping[str, Sequence[str]],
+    repeats: Mapping[str, int],
     buckets: Sequence[tuple[int, int]],
-    folder: str,
-    repeats: int,
     trigger: str,
     resolution: int,
 ) -> dict[str, str]:
-    """All values strings. `training`: the `ss_` names of options that users look for, without the prefix."""
-    tags = Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip())
+    """All values strings. `training`: the `ss_` names of options that users look for, without the prefix. Captions, one a picture, and
+    repeats by the folder's name."""
+    tags = {
+        folder: dict(Counter(tag.strip() for caption in of for tag in re.split(r"[,\n]", caption) if tag.strip()).most_common())
+        for folder, of in captions.items()
+    }
     counted = Counter(buckets)
     bucket_info = {"buckets": {str(i): {"resolution": list(size), "count": n} for i, (size, n) in enumerate(sorted(counted.items()))}}
     values: dict[str, Any] = {
@@ -33,9 +37,9 @@ def kohya_metadata(
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,
         "ss_network_args": json.dumps(network_args),
-        "ss_tag_frequency": json.dumps({folder: dict(tags.most_common())}, ensure_ascii=False),
+        "ss_tag_frequency": json.dumps(tags, ensure_ascii=False),
         "ss_bucket_info": json.dumps(bucket_info),
-        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": repeats, "img_count": len(captions)}}),
+        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": repeats[folder], "img_count": len(of)} for folder, of in captions.items()}),
         "ss_resolution": f"({resolution}, {resolution})",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",

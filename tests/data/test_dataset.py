@@ -1,13 +1,14 @@
 """A folder as users have it: what becomes an example, what is left out, and what is said."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from sdlora.data.dataset import Found, find_examples
+from sdlora.data.dataset import Found, Subset, find_examples, find_subsets
 from sdlora.errors import DataError
 
 
@@ -210,3 +211,76 @@ def test_masks_that_fit_nothing_are_refused(tmp_path: Path) -> None:
     picture(tmp_path / "cat-masklabel.png", (4, 6))
     with pytest.raises(DataError, match="has 4x6 pixels, and the picture 6x4"):
         find(tmp_path, masks="file")
+
+
+def test_the_table_is_right_where_a_text_file_says_something_else(tmp_path: Path) -> None:
+    for name in ("both.png", "same.png", "blank.png", "only.png"):
+        picture(tmp_path / name)
+    rows = {"both.png": "a cat", "same.png": "a dog", "blank.png": ""}
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": text}) for name, text in rows.items()))
+    for name, text in {"both": "a fox", "same": "a dog", "blank": "a hen", "only": "an ox"}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    found = find(tmp_path, trigger="sks")
+    assert captions(found) == {"both.png": "sks, a cat", "same.png": "sks, a dog", "blank.png": "sks, a hen", "only.png": "sks, an ox"}
+    assert reasons(found) == {"both.txt": "the caption is taken from metadata.jsonl"}
+
+
+def test_a_table_reaches_into_subfolders_for_what_it_names(tmp_path: Path) -> None:
+    for name in ("in/a.png", "in/b.png", "in/a-masklabel.png", "in/b-masklabel.png", "out/c.png", "a.png", ".hidden.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(tmp_path / name)
+    (tmp_path / "in" / "a.txt").write_text("a dog")
+    (tmp_path / "in" / "b.txt").write_text("not mine")
+    (tmp_path / "a.txt").write_text("a fox")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\nin/a.png,a cat\n.hidden.png,a hen\n")
+    found = find(tmp_path, masks="file")
+    by_path = {example.path.relative_to(tmp_path).as_posix(): example for example in found.examples}
+    assert {name: example.caption for name, example in by_path.items()} == {"a.png": "a fox", "in/a.png": "a cat"}
+    assert by_path["a.png"].mask is None  # one stem, two pictures: the mask is beside the other
+    assert by_path["in/a.png"].mask is not None and by_path["in/a.png"].mask.path == tmp_path / "in" / "a-masklabel.png"
+    assert {path.relative_to(tmp_path).as_posix(): reason for path, reason in found.skipped} == {
+        "out": "a subfolder; only the pictures directly in the folder are used",
+        ".hidden.png": "a hidden file",
+        "in/a.txt": "the caption is taken from metadata.csv",
+    }
+
+
+def test_a_picture_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    captioned(folder, "a.png")
+    (folder / "b.png").symlink_to(folder / "a.png")
+    (folder / "c.png").symlink_to(picture(tmp_path / "secret.png"))
+    found = find(folder, on_bad_image="skip", missing_caption="empty")
+    assert list(captions(found)) == ["a.png", "b.png"]
+    assert reasons(found) == {"c.png": "it is a link that leads out of the folder"}
+    with pytest.raises(DataError, match=r"c\.png cannot be read: it is a link"):
+        find(folder, missing_caption="empty")
+
+
+def test_a_fallback_is_the_caption_of_pictures_without_one(tmp_path: Path) -> None:
+    captioned(tmp_path, "a.png", "a big cat")
+    picture(tmp_path / "b.png")
+    assert captions(find(tmp_path, fallback="sks cat", trigger="sks")) == {"a.png": "sks, a big cat", "b.png": "sks cat"}
+    assert captions(find(tmp_path, fallback="cat", trigger="sks", around="{trigger}: ")) == {"a.png": "a big cat", "b.png": "cat"}
+
+
+def test_lines_of_a_caption_stay_apart_where_one_is_to_be_picked(tmp_path: Path) -> None:
+    captioned(tmp_path, "a.png", "a cat\nsks on grass\n")
+    assert captions(find(tmp_path, trigger="sks")) == {"a.png": "a cat sks on grass"}
+    assert captions(find(tmp_path, trigger="sks", caption_lines="pick")) == {"a.png": "sks, a cat\nsks on grass"}
+
+
+def test_kohyas_subfolders_are_sets_with_their_repeats_and_captions(tmp_path: Path) -> None:
+    for name in ("10_ohwx cat", "2_my_style ", "1_", "0_no", "cats", "3x_cat", "20240101_trip"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sample.txt").write_text("x")
+    (tmp_path / "README.md").write_text("x")
+    subsets, left_out = find_subsets(tmp_path)
+    assert subsets == [Subset(tmp_path / "2_my_style ", 2, "my_style"), Subset(tmp_path / "10_ohwx cat", 10, "ohwx cat")]
+    other = "its name does not begin with <repeats>_, as those beside it do"
+    assert {path.name: reason for path, reason in left_out} == dict.fromkeys(["1_", "0_no", "cats", "3x_cat", "20240101_trip"], other) | {
+        "sample.txt": "not in one of the <repeats>_ folders"
+    }
+    picture(tmp_path / "a.png")  # a folder with pictures of its own is one set, and says so of its subfolders
+    assert find_subsets(tmp_path) == ([Subset(tmp_path)], [])

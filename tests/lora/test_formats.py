@@ -103,15 +103,14 @@ def test_metadata_is_what_webuis_read() -> None:
         alpha=2.0,
         network_args={"init": "pissa"},
         training={"seed": 7, "min_snr_gamma": None},
-        captions=["a, b", "a"],
+        captions={"f": ["a, b", "a"], "g": ["c\na"]},
+        repeats={"f": 3, "g": 1},
         buckets=[(64, 64), (64, 64)],
-        folder="f",
-        repeats=3,
         trigger="t",
         resolution=64,
     )
     assert all(isinstance(value, str) for value in metadata.values())
-    assert json.loads(metadata["ss_tag_frequency"]) == {"f": {"a": 2, "b": 1}}
+    assert json.loads(metadata["ss_tag_frequency"]) == {"f": {"a": 2, "b": 1}, "g": {"c": 1, "a": 1}}
     assert json.loads(metadata["ss_bucket_info"])["buckets"]["0"] == {"resolution": [64, 64], "count": 2}
-    assert json.loads(metadata["ss_dataset_dirs"]) == {"f": {"n_repeats": 3, "img_count": 2}}
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"f": {"n_repeats": 3, "img_count": 2}, "g": {"n_repeats": 1, "img_count": 1}}
     assert metadata["ss_seed"] == "7" and metadata["ss_min_snr_gamma"] == "None" and metadata["modelspec.trigger_phrase"] == "t"
