@@ -1,4 +1,4 @@
-"""From a config to adapters in a model: which layers, of which kind, how they start and at which rates they learn."""
+"""From a config to a model with adapters in it: which layers, of which kind, how they start and at which rates they learn."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sdlora.config import Config
+from sdlora.config import TOKENS_A_CHUNK, Config
 from sdlora.errors import ConfigError
 from sdlora.lora import formats
 from sdlora.lora.inits import CALIBRATED, INITS, Start
 from sdlora.lora.layers import Adapter, DoraLayer, Dropouts, FullLayer, LoraLayer, MoraLayer, NormAdapter
 from sdlora.lora.scaling import SCALINGS
 from sdlora.lora.targets import by_layer, find_norms, find_targets, groups_of, inject, seeded_generator
-from sdlora.models.family import Model
+from sdlora.models import families
+from sdlora.models.device import DTYPES, pick_device
+from sdlora.models.family import Family, Model
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,12 @@ class Adapted:
     rates: dict[str, float]  # peak, of each layer
     alpha_rates: dict[str, float]  # peak, in alpha's own unit a step
     unmatched: list[str]  # layers that `lora.alpha_from` has no alpha for
+
+
+def load_model(config: Config) -> tuple[Family, Model]:
+    """The base model, set up to encode prompts as asked. Raises WeightsError."""
+    device, chunks = pick_device(config.train.device), config.data.max_tokens // TOKENS_A_CHUNK
+    return families.load(config.model.base, DTYPES[config.train.precision], device, clip_skip=config.model.clip_skip, chunks=chunks)
 
 
 def adapt(model: Model, config: Config, statistics: Statistics | None = None) -> Adapted:

@@ -27,6 +27,7 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=10)]
 Dropped = Annotated[float, Field(ge=0, lt=1)]
+TOKENS_A_CHUNK = 75  # of CLIP's 77, the others being start and end
 TargetGroup = Literal[
     "attention",
     "feed_forward",
@@ -44,6 +45,13 @@ TargetGroup = Literal[
 
 class ModelOptions(Section):
     base: str = Field("mini", min_length=1, description="Base model: a folder in diffusers' layout (SD 1.x), or 'mini', the one built in.")
+    clip_skip: int = Field(
+        1,
+        ge=1,
+        le=24,
+        description="The text encoder's layer that embeddings come from, counted from the last, which is 1, as WebUIs do; many models of "
+        "anime want 2. Draw with the same.",
+    )
 
 
 class PictureOptions(Section):
@@ -117,6 +125,10 @@ class DataOptions(PictureOptions):
     )
     resolution: int = Field(512, ge=16, le=4096, description="Training size in px: buckets hold at most resolution x resolution pixels.")
     bucket_step: int = Field(64, ge=8, le=256, description="Sides of the aspect-ratio buckets are multiples of this many px.")
+    max_tokens: Literal[75, 150, 225] = Field(
+        75,
+        description="Tokens of a caption that are used, in chunks of 75 as WebUIs encode long prompts; every caption is padded to as many.",
+    )
     sets: tuple[SetOptions, ...] = Field(
         (),
         description="Several folders in the place of data.folder, each a [[data.sets]] table in a file: folder; "
@@ -454,8 +466,8 @@ def dump(config: Config) -> str:
         section, key = option.name.split(".")
         table = document.setdefault(section, tomlkit.table())
         value = getattr(getattr(config, section), key)
-        unused = value is None or value == () == option.default or (option.name == "data.folder" and config.data.sets)
-        if not unused:
+        replaced = option.name == "data.folder" and config.data.sets
+        if value is not None and not replaced:
             table.add(tomlkit.comment(str(option.field.description)))
             table.add(key, _plain(value))
     return tomlkit.dumps(document)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sdlora import events
 from sdlora.adapt import text_encoder_rate
-from sdlora.config import Config, OutputOptions
+from sdlora.config import TOKENS_A_CHUNK, Config, OutputOptions
 from sdlora.items import Item
 from sdlora.lora import formats
 from sdlora.lora.change import Change, truncate
@@ -99,6 +99,8 @@ def metadata(
                 "num_train_images": sum(item.repeats for item in trained),
                 "num_reg_images": sum(item.repeats for item in items if item.regularises),
                 "min_snr_gamma": config.loss.min_snr_gamma or None,
+                "clip_skip": config.model.clip_skip if config.model.clip_skip > 1 else None,
+                "max_token_length": config.data.max_tokens if config.data.max_tokens > TOKENS_A_CHUNK else None,
                 "noise_offset": config.loss.noise_offset or None,
                 "sd_model_name": Path(config.model.base).name,
             },

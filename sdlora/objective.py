@@ -187,8 +187,7 @@ class Objective:
 
     def _words(self, captions: Sequence[str]) -> Tensor:
         """Which tokens are not padding: (B, T) bool."""
-        lengths = self.family.token_counts(self.model, captions).to(self.model.device)
-        return torch.arange(self.model.tokenizer.model_max_length, device=self.model.device) < lengths[:, None]
+        return self.family.token_masks(self.model, captions).to(self.model.device)
 
     def _masks(self, indices: Sequence[int]) -> Tensor | None:
         """Weight of each latent pixel, (B, 1, h, w); None where no picture of the batch has a mask."""

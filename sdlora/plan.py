@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from sdlora import events
-from sdlora.adapt import adapt
+from sdlora.adapt import adapt, load_model
 from sdlora.config import Config
 from sdlora.data.batches import BatchPlan
 from sdlora.items import Item
 from sdlora.lora.layers import Adapter, LoraLayer
 from sdlora.lora.matched import expected_rate
-from sdlora.models import families, memory
-from sdlora.models.device import DTYPES, pick_device
+from sdlora.models import memory
 from sdlora.models.family import Model
 
 
@@ -44,7 +43,7 @@ class Plan:
 
 def plan(config: Config) -> Plan:
     """Load the base model and adapt it as training would. Raises what `train` would raise of options and weights."""
-    _, model = families.load(config.model.base, DTYPES[config.train.precision], pick_device(config.train.device))
+    _, model = load_model(config)
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in model.parts.items()}
     adapted = adapt(model, config)
     shares = {
@@ -98,7 +97,7 @@ def estimate_memory(config: Config, model: Model, trainable: int, bucket: tuple[
     unet: Any = model.parts["unet"]
     factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
     latents = torch.empty(batch, unet.config.in_channels, bucket[1] // factor, bucket[0] // factor, device="meta")
-    embeds = torch.empty(batch, model.tokenizer.model_max_length, unet.config.cross_attention_dim, device="meta", requires_grad=True)
+    embeds = torch.empty(batch, model.prompt_tokens, unet.config.cross_attention_dim, device="meta", requires_grad=True)
 
     def step(shadow: Any) -> Tensor:
         with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):

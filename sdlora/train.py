@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdlora import checkpoint, events, preview
 from sdlora import optim as optimizers
-from sdlora.adapt import adapt, start_of, text_encoder_rate
+from sdlora.adapt import adapt, load_model, start_of, text_encoder_rate
 from sdlora.config import Config
 from sdlora.data.batches import BatchPlan
 from sdlora.errors import ConfigError, TrainingError
@@ -21,8 +21,6 @@ from sdlora.export import alpha_quantiles, export
 from sdlora.items import cached_latents, find_items
 from sdlora.lora import calibrate, formats
 from sdlora.lora.layers import Adapter, LoraLayer, disabled, set_drop_seeds
-from sdlora.models import families
-from sdlora.models.device import DTYPES, pick_device
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
@@ -47,7 +45,7 @@ def train(run: Run) -> Iterator[events.Event]:
     items, skipped = find_items(config)
     plan = BatchPlan([item.placed.bucket for item in items], [item.repeats for item in items], config.train.batch_size, config.train.seed)
 
-    family, model = families.load(config.model.base, DTYPES[config.train.precision], pick_device(config.train.device))
+    family, model = load_model(config)
     for prompt in prompts:
         preview.check_size(prompt, model.size_multiple)
     check_step(config, model)

@@ -472,6 +472,58 @@ def test_regularisation_pictures_are_shown_as_often_and_weigh_what_is_asked(make
     assert free != weightless
 
 
+SETS = """
+[data]
+max_tokens = 150
+caption_lines = "pick"
+caption_prefix = "art, "
+[[data.sets]]
+folder = "PICTURES"
+repeats = 2
+shuffle_tags = true
+tag_dropout = 0.3
+[[data.sets]]
+folder = "OTHERS"
+weight = WEIGHT
+missing_caption = "empty"
+flip = true
+[model]
+clip_skip = 2
+[loss]
+embedding_norm_padding = false
+embedding_norm_per = "prompt"
+"""
+
+
+def test_sets_clip_skip_and_long_captions_train_resume_and_are_told_of(make: Any, tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 32), (40 * number, 90, 10)).save(others / f"{number}.png")
+    (others / "0.txt").write_text("a {cat|dog}\na fox of more letters than a chunk has room for")
+
+    def of_weight(weight: float) -> run.Run:
+        path = tmp_path / f"{weight}.toml"
+        path.write_text(SETS.replace("PICTURES", str(pictures)).replace("OTHERS", str(others)).replace("WEIGHT", str(weight)))
+        flags = {"model.base": tiny, "resolution": 32, "bucket_step": 8, "steps": 6, "batch_size": 2, "precision": "fp32", "rank": 4}
+        flags |= {"alpha": 4, "rate": 1e-2, "threads": 1, "checkpoint_every": 2, "runs": tmp_path}
+        return run.create(configs.load([path], [(name, str(value)) for name, value in flags.items()]))
+
+    straight, broken = of_weight(0.5), of_weight(0.5)
+    whole = losses(train(straight))
+    assert losses(killed_and_resumed(broken, 4)) == whole
+    assert_same_bits(straight, broken)
+    assert losses(train(of_weight(0.0))) != whole
+    tensors, metadata = load_file(straight.export), formats.load(straight.export)[1]
+    assert not any("lora_te_text_model_encoder_layers_1" in key for key in tensors)  # which nobody hears
+    assert any(key.startswith("lora_te_text_model_encoder_layers_0") and key.endswith("up.weight") for key in tensors)
+    assert (metadata["ss_clip_skip"], metadata["ss_max_token_length"]) == ("2", "150")
+    assert json.loads(metadata["ss_dataset_dirs"]) == {
+        pictures.name: {"n_repeats": 2, "img_count": 5},
+        "others": {"n_repeats": 1, "img_count": 4},
+    }
+
+
 def test_a_mask_hides_a_part_of_the_picture_from_the_loss(make: Any, pictures: Path, tmp_path: Path) -> None:
     masked = tmp_path / "masked"
     masked.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from sdlora.models.sd import SD
 FAMILIES: dict[str, Family] = {"StableDiffusionPipeline": SD}
 
 
-def load(base: str, dtype: torch.dtype, device: torch.device) -> tuple[Family, Model]:
-    """`base`: a folder, or "mini". Raises WeightsError."""
+def load(base: str, dtype: torch.dtype, device: torch.device, *, clip_skip: int = 1, chunks: int = 1) -> tuple[Family, Model]:
+    """`base`: a folder, or "mini". Prompts are encoded up to the `clip_skip`-th last layer, in so many chunks. Raises WeightsError."""
     folder = sdlora.mini.WEIGHTS_DIR if base == "mini" else Path(base)
     if not folder.exists():
         raise WeightsError(f"model.base: there is no folder {folder}; give a model folder in diffusers' layout, or 'mini'.")
@@ -31,4 +32,4 @@ def load(base: str, dtype: torch.dtype, device: torch.device) -> tuple[Family, M
     if name not in FAMILIES:
         raise WeightsError(f"model.base: {folder} is for {name}; sdlora trains {', '.join(FAMILIES)}.")
     family = FAMILIES[name]
-    return family, family.load(folder, dtype, device)
+    return family, replace(family.load(folder, dtype, device, clip_skip), chunks=chunks)

@@ -28,6 +28,12 @@ class Model:
     dtype: torch.dtype
     device: torch.device
     notes: tuple[str, ...] = field(default=())  # what was assumed while loading
+    chunks: int = 1  # of a prompt: each is as long as the tokenizer's longest text
+
+    @property
+    def prompt_tokens(self) -> int:
+        """T of every prompt's embedding."""
+        return self.chunks * int(self.tokenizer.model_max_length)
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,12 @@ class PicturePrompt:
 @dataclass(frozen=True)
 class Family:
     name: str
-    load: Callable[[Path, torch.dtype, torch.device], Model]
+    load: Callable[[Path, torch.dtype, torch.device, int], Model]
+    """The last is clip_skip: at which of the text encoder's layers embeddings are taken, 1 for the last."""
     encode_prompts: Callable[[Model, Sequence[str]], Tensor]
     """Captions -> prompt_embeds (B, T, D); gradients flow into text-encoder adapters."""
-    token_counts: Callable[[Model, Sequence[str]], Tensor]
-    """Captions -> how many tokens come before the padding, start and end included: (B,) int64."""
+    token_masks: Callable[[Model, Sequence[str]], Tensor]
+    """Captions -> which of their tokens are no padding, start and end included: (B, T) bool."""
     encode_images: Callable[[Model, Tensor], tuple[Tensor, Tensor]]
     """Pictures (B, 3, H, W) in -1..1 -> mean and deviation of the latents' posterior, scaled to unit variance."""
     predict: Callable[[Model, Tensor, Tensor, Tensor], Tensor]

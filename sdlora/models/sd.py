@@ -27,7 +27,7 @@ from sdlora.models.family import Family, Model, PicturePrompt
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
-def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
+def load(folder: Path, dtype: torch.dtype, device: torch.device, clip_skip: int = 1) -> Model:
     """Load a folder in diffusers' layout, offline. Text encoder and UNet in `dtype`, the VAE in fp32: SD 1.x's overflows in fp16
     and loses tones in bf16. Raises WeightsError."""
     missing = [part for part in PARTS if not (folder / part).is_dir()]
@@ -46,6 +46,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
         raise WeightsError(
             f"model.base: {folder} is an inpainting or other special UNet ({unet.config.in_channels} input channels, not 4)."
         )
+    skip_layers(text_encoder, clip_skip)
     for module in (text_encoder, unet, vae):
         module.requires_grad_(False).eval().to(device)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -60,6 +61,15 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Model:
         dtype=dtype,
         device=device,
     )
+
+
+def skip_layers(text_encoder: CLIPTextModel, clip_skip: int) -> None:
+    """Take away the layers behind the one that embeddings come from, counted from the last, which is 1, as WebUIs count. The final norm
+    follows the layer that is last now, as it does there; and no adapter goes to layers that nobody hears."""
+    layers = text_encoder.encoder.layers
+    if clip_skip > len(layers):
+        raise WeightsError(f"model.clip_skip = {clip_skip}: the text encoder has {len(layers)} layers only.")
+    text_encoder.encoder.layers = layers[: len(layers) + 1 - clip_skip]
 
 
 def weights_fingerprint(module: nn.Module) -> str:
@@ -78,17 +88,34 @@ def arithmetic(model: Model) -> AbstractContextManager[Any]:
     return torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
 
-def tokenise(model: Model, prompts: Sequence[str]) -> Any:
-    return model.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+def tokenise(model: Model, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids of each chunk, and which of them are no padding: both (B, chunks, L).
+
+    Every chunk has a start, an end and padding of its own, as in WebUIs and kohya's scripts; a chunk without words is
+    padding throughout, but for the first. Words beyond the last chunk are cut off.
+    """
+    tokenizer = model.tokenizer
+    length = tokenizer.model_max_length
+    room = length - 2
+    texts = tokenizer(list(prompts), add_special_tokens=False, truncation=True, max_length=model.chunks * room).input_ids
+    chunks = [text[start : start + room] for text in texts for start in range(0, model.chunks * room, room)]
+    padding = [tokenizer.pad_token_id] * length
+    ids = [[tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id, *padding][:length] for chunk in chunks]
+    used = [len(chunk) + 2 if chunk or number % model.chunks == 0 else 0 for number, chunk in enumerate(chunks)]
+    shape = (len(texts), model.chunks, length)
+    return torch.tensor(ids).view(shape), (torch.arange(length) < torch.tensor(used)[:, None]).view(shape)
 
 
 def encode_prompts(model: Model, prompts: Sequence[str]) -> Tensor:
+    """Chunks are encoded each for itself and stand one behind the other."""
+    ids, _ = tokenise(model, prompts)
     with arithmetic(model):
-        return cast(Tensor, model.parts["text_encoder"](tokenise(model, prompts).input_ids.to(model.device)).last_hidden_state.float())
+        hidden = model.parts["text_encoder"](ids.flatten(0, 1).to(model.device)).last_hidden_state.float()  # (B * chunks, L, D)
+    return cast(Tensor, hidden.reshape(len(ids), model.prompt_tokens, -1))
 
 
-def token_counts(model: Model, prompts: Sequence[str]) -> Tensor:
-    return cast(Tensor, tokenise(model, prompts).attention_mask.sum(dim=1))
+def token_masks(model: Model, prompts: Sequence[str]) -> Tensor:
+    return tokenise(model, prompts)[1].flatten(1)
 
 
 @torch.no_grad()
@@ -161,4 +188,4 @@ def metadata(model: Model) -> dict[str, str]:
     }
 
 
-SD = Family("sd", load, encode_prompts, token_counts, encode_images, predict, generate, metadata)
+SD = Family("sd", load, encode_prompts, token_masks, encode_images, predict, generate, metadata)

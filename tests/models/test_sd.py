@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from PIL import Image, ImageChops
 from tiny import build_model
 
 from sdlora.errors import WeightsError
+from sdlora.lora.targets import find_targets
 from sdlora.models import families, memory
 from sdlora.models.family import PicturePrompt
 
@@ -40,6 +42,39 @@ def test_prompts_and_pictures_agree_with_diffusers(tiny: Path) -> None:
     assert max(high for _, high in ImageChops.difference(drawn, picture).getextrema()) <= 1
     (wide,) = family.generate(model, [PicturePrompt("a", width=64, height=32, steps=1)], 1)
     assert wide.size == (64, 32)
+
+
+def test_clip_skip_takes_the_hidden_states_of_an_earlier_layer_through_the_final_norm(tiny: Path) -> None:
+    _, whole = families.load(str(tiny), torch.float32, CPU)
+    encoder: Any = whole.parts["text_encoder"]
+    ids = whole.tokenizer(["a cat", ""], padding="max_length", return_tensors="pt").input_ids
+    states = encoder(ids, output_hidden_states=True).hidden_states  # of the embeddings, then of each of two layers
+    for clip_skip in (1, 2):
+        family, model = families.load(str(tiny), torch.float32, CPU, clip_skip=clip_skip)
+        torch.testing.assert_close(family.encode_prompts(model, ["a cat", ""]), encoder.final_layer_norm(states[-clip_skip]))
+    assert not any("layers.1" in name for name in find_targets("text_encoder", model.parts["text_encoder"], ["attention"]))
+    with pytest.raises(WeightsError, match=r"clip_skip = 3: the text encoder has 2 layers only"):
+        families.load(str(tiny), torch.float32, CPU, clip_skip=3)
+
+
+def test_long_prompts_are_encoded_in_chunks_each_with_its_own_start_and_end(tiny: Path) -> None:
+    family, one = families.load(str(tiny), torch.float32, CPU)
+    _, three = families.load(str(tiny), torch.float32, CPU, chunks=3)
+    word = "abcdefghijklmn"  # 14 letters, a token each: a chunk of the tiny model's 16
+    prompts = ["", "cat", word, word + "cat", word * 2 + "xyz", word * 9]
+    embeds = family.encode_prompts(three, prompts)
+    assert embeds.shape == (6, three.prompt_tokens, 16) == (6, 48, 16)
+    start, end = one.tokenizer.bos_token_id, one.tokenizer.eos_token_id
+    letters = one.tokenizer(word * 2 + "xyz", add_special_tokens=False).input_ids
+    assert len(letters) == 31
+    by_hand = [[start, *letters[:14], end], [start, *letters[14:28], end], [start, *letters[28:], *[end] * 12]]
+    torch.testing.assert_close(embeds[4], one.parts["text_encoder"](torch.tensor(by_hand)).last_hidden_state.flatten(0, 1))
+    torch.testing.assert_close(embeds[1], torch.cat(list(family.encode_prompts(one, ["cat", "", ""]))))
+    counts = [mask.unflatten(0, (3, 16)).sum(dim=1).tolist() for mask in family.token_masks(three, prompts)]
+    assert counts == [[2, 0, 0], [5, 0, 0], [16, 0, 0], [16, 5, 0], [16, 16, 5], [16, 16, 16]]
+    assert family.token_masks(three, ["cat"])[0].tolist() == [True] * 5 + [False] * 43
+    (drawn,) = family.generate(three, [PicturePrompt(word * 2, steps=1)], 1)
+    assert drawn.size == (32, 32)
 
 
 def test_pictures_drawn_together_are_those_drawn_alone(tiny: Path) -> None:
