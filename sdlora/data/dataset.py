@@ -27,6 +27,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")  # in this order under "auto"
 MASK_SUFFIX = "-masklabel"  # of the stem, as OneTrainer names masks
 STRAY_STEMS = frozenset({"thumbs", "desktop", "license", "licence", "readme", "copying", "notice", "credits"})
 KOHYA_NAME = re.compile(r"([1-9]\d{0,3})_(.*\S.*)")  # repeats, and what the pictures show; more digits would be a date
+LEADS_OUT = "it is a link that leads out of the folder"
 NAMED_IN_MESSAGES = 3
 
 
@@ -104,10 +105,14 @@ def find_examples(
     skipped = [*table.skipped, *((path, "a hidden file") for path in named if path not in listed)] if table else []
     within = {parent for path in named for parent in path.parents}
     skipped += [(path, "a subfolder; only the pictures directly in the folder are used") for path in subfolders if path not in within]
-    files = [path for path in files if table is None or path != table.path]
+    outside = {path for path in files if leads_out(path, folder)}
+    skipped += [(path, LEADS_OUT) for path in files if path in outside and not _is_picture(path)]
+    files = [path for path in files if _is_picture(path) or path not in outside]
+    if table:
+        files.remove(table.path)
     mask_files = [path for path in files if _is_mask(path)]
+    pictures = [path for path in files if _is_picture(path)]
     files = [path for path in files if not _is_mask(path)]
-    pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not pictures:
         raise DataError(f"{folder} has no pictures ({_extensions(IMAGE_SUFFIXES)}): {_contents(files, subfolders)}.")
     suffixes = CAPTION_SUFFIXES if caption_extension == "auto" else ("." + caption_extension.lower().lstrip("."),)
@@ -117,7 +122,9 @@ def find_examples(
     examples: list[Example] = []
     without_caption: list[Path] = []
     passed_over: dict[Path, Path] = {}  # caption file -> the file that was right instead
-    for path, (size, digest) in zip(pictures, _examine_all(pictures, folder), strict=True):
+    examined = dict.fromkeys(outside, (LEADS_OUT, "")) | _examine_all([path for path in pictures if path not in outside])
+    for path in pictures:
+        size, digest = examined[path]
         if isinstance(size, str):
             if on_bad_image == "error":
                 raise DataError(f"{path} cannot be read: {size}; repair or remove it, or set on_bad_image to 'skip'.")
@@ -126,9 +133,8 @@ def find_examples(
         beside = [sidecars[_place(path), suffix] for suffix in suffixes if (_place(path), suffix) in sidecars]
         written = {sidecar: read_caption(sidecar, separator) for sidecar in beside}
         sources = ({table.path: named.get(path, "")} if table else {}) | written
-        source = next((source for source, text in sources.items() if text), None)
+        source, caption = next(((source, text) for source, text in sources.items() if text), (None, ""))
         if source is not None:
-            caption = sources[source]
             passed_over |= {sidecar: source for sidecar, text in written.items() if text != caption}
             if PLACEHOLDER in caption and not trigger:
                 raise DataError(f"The caption {source} has {PLACEHOLDER} in it but no trigger is set; set one or take it out.")
@@ -174,6 +180,10 @@ def _below(folder: Path, named: Mapping[Path, str]) -> list[Path]:
         or (_place(path) in places and path.suffix.lower() not in IMAGE_SUFFIXES)
         or (_is_mask(path) and _masked(path) in places)
     ]
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(MASK_SUFFIX)
 
 
 def _is_mask(path: Path) -> bool:
@@ -228,15 +238,13 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
     return parts, path.name
 
 
-def _examine_all(pictures: Sequence[Path], root: Path) -> list[tuple[tuple[int, int] | str, str]]:
+def _examine_all(pictures: Sequence[Path]) -> dict[Path, tuple[tuple[int, int] | str, str]]:
     """Size (or the reason why the picture cannot be read) and digest of each; Pillow and hashlib let threads run at once."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # each holds a whole picture in memory
-        sizes = list(
-            pool.map(lambda path: "it is a link that leads out of the folder" if leads_out(path, root) else examine(path), pictures)
-        )
-        readable = [path for path, size in zip(pictures, sizes, strict=True) if not isinstance(size, str)]
+        sizes = dict(zip(pictures, pool.map(examine, pictures), strict=True))
+        readable = [path for path, size in sizes.items() if not isinstance(size, str)]
         digests = dict(zip(readable, pool.map(_digest, readable), strict=True))
-    return [(size, digests.get(path, "")) for path, size in zip(pictures, sizes, strict=True)]
+    return {path: (size, digests.get(path, "")) for path, size in sizes.items()}
 
 
 def _digest(path: Path) -> str:

@@ -35,6 +35,8 @@ def read_table(folder: Path, separator: str = " ") -> Table | None:
     if len(found) > 1:
         raise DataError(f"{folder} holds both {' and '.join(NAMES)}; remove one of them.")
     (path,) = found
+    if leads_out(path, folder):
+        raise DataError(f"{path} is a link that leads out of the folder; put a copy of the file there.")
     rows = [_row(line, row, path) for line, row in _READERS[path.name](path)]
     if not rows:
         raise DataError(f"{path} has no rows; write one for each picture, or remove the file.")

@@ -251,9 +251,12 @@ def test_a_picture_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) 
     captioned(folder, "a.png")
     (folder / "b.png").symlink_to(folder / "a.png")
     (folder / "c.png").symlink_to(picture(tmp_path / "secret.png"))
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "b.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "a-masklabel.png").symlink_to(tmp_path / "secret.png")
     found = find(folder, on_bad_image="skip", missing_caption="empty")
-    assert list(captions(found)) == ["a.png", "b.png"]
-    assert reasons(found) == {"c.png": "it is a link that leads out of the folder"}
+    assert captions(found) == {"a.png": "a cat", "b.png": ""}
+    assert reasons(found) == dict.fromkeys(["c.png", "b.txt", "a-masklabel.png"], "it is a link that leads out of the folder")
     with pytest.raises(DataError, match=r"c\.png cannot be read: it is a link"):
         find(folder, missing_caption="empty")
 

@@ -86,6 +86,10 @@ def test_links_that_lead_out_are_refused_and_others_are_not(tmp_path: Path) -> N
     write(folder, [{"file_name": "sub/secret.png", "text": "a"}])
     with pytest.raises(DataError, match=r"'sub/secret\.png' is a link"):
         read_table(folder)
+    (folder / "metadata.csv").symlink_to((folder / "metadata.jsonl").rename(tmp_path / "metadata.csv"))
+    with pytest.raises(DataError, match=r"metadata\.csv is a link that leads out"):
+        read_table(folder)
+    (folder / "metadata.csv").unlink()
     (folder / "round.png").symlink_to("round.png")
     write(folder, [{"file_name": "round.png", "text": "a"}])
     assert captions(folder) == {}
