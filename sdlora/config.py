@@ -72,6 +72,11 @@ class DataOptions(Section):
     resolution: int = Field(512, ge=16, le=4096, description="Training size in px: buckets hold at most resolution x resolution pixels.")
     bucket_step: int = Field(64, ge=8, le=256, description="Sides of the aspect-ratio buckets are multiples of this many px.")
     flip: bool = Field(False, description="Also show each picture mirrored; harms what has a left and a right.")
+    cache: Path | None = Field(
+        None,
+        description="Folder of what is computed once of pictures and captions (latents, prompt embeddings), for all runs; unset: '_cache' "
+        "in output.runs. See `sdlora cache`.",
+    )
     caption_dropout: Share = Field(0.0, description="Share of steps at which a picture is shown with the empty caption.")
     shuffle_tags: bool = Field(False, description="Shuffle the comma-separated tags of a caption each time it is shown.")
     keep_tags: Count = Field(1, description="How many leading tags stay in place when tags are shuffled; the trigger word is one.")
