@@ -20,6 +20,8 @@ from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from sdlora.files import sync_folder, write_durably
+
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})$")
@@ -46,12 +48,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     files["state.json"] = json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=2).encode()
     manifest = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     for name, data in {**files, MANIFEST: json.dumps(manifest, indent=2).encode()}.items():
-        with (temporary / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_durably(temporary / name, data)
     os.replace(temporary, final)
-    _sync_folder(folder)
+    sync_folder(folder)
     for old in _complete(folder)[keep:]:
         shutil.rmtree(old)
     return final
@@ -80,15 +79,6 @@ def _load(path: Path) -> Checkpoint:
 def _complete(folder: Path) -> list[Path]:
     """Newest first."""
     return sorted((p for p in folder.glob("step-*") if NAME.match(p.name)), reverse=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # Windows can neither open nor flush a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def flatten(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

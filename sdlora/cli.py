@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from sdlora import __version__, config, events
 from sdlora import run as runs
@@ -58,6 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("file", type=Path, help="LoRA file")
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them, a row for each block")
     command.set_defaults(call=alphas_command)
+
+    command = commands.add_parser("cache", help="show or clear what was computed of pictures and captions")
+    actions = command.add_subparsers(required=True, metavar="ACTION")
+    info = actions.add_parser("info", help="show where it is, what it holds and how large it is")
+    info.set_defaults(call=cache_info_command)
+    prune = actions.add_parser("prune", help="delete what was not used for a while; training computes anew what it misses")
+    prune.add_argument("--older-than", type=float, default=30.0, metavar="DAYS", help="days without use (default: 30); 0 for all")
+    prune.set_defaults(call=cache_prune_command)
+    default = config.OutputOptions().runs / runs.CACHE
+    for action in (info, prune):
+        action.add_argument("folder", nargs="?", type=Path, default=default, help=f"folder of the cache (default: {default})")
 
     command = commands.add_parser("options", help="list every training option with its meaning and default")
     command.set_defaults(call=options_command)
@@ -214,6 +226,41 @@ def alphas_command(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def cache_info_command(parsed: argparse.Namespace) -> int:
+    from datetime import date
+
+    from sdlora.data import cache
+
+    check_cache_folder(parsed.folder)
+    found = cache.survey(parsed.folder)
+    print(f"{parsed.folder.resolve()}: {size(sum(held.bytes for held in found))}")
+    for held in found:
+        used = f", last used {date.fromtimestamp(held.used)}" if held.used else ""
+        print(f"  {held.folder.name}: {held.entries:,} entries, {size(held.bytes)}, of {', '.join(held.models) or 'nothing'}{used}")
+        for path in held.damaged:
+            print(f"    damaged: {path.name}")
+    return 0
+
+
+def cache_prune_command(parsed: argparse.Namespace) -> int:
+    from sdlora.data import cache
+
+    check_cache_folder(parsed.folder)
+    files, freed = cache.prune(parsed.folder, parsed.older_than)
+    print(f"{parsed.folder.resolve()}: {files} {'file' if files == 1 else 'files'} deleted, {size(freed)} freed")
+    return 0
+
+
+def check_cache_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"There is no cache in {folder}: name its folder, `{runs.CACHE}` beside your runs or what data.cache says.")
+
+
+def size(of: int) -> str:
+    """Bytes, for people."""
+    return f"{of / 2**30:.2f} GiB" if of >= 2**30 else f"{of / 2**20:.1f} MiB"
+
+
 def options_command(parsed: argparse.Namespace) -> int:
     import textwrap
 
@@ -249,10 +296,8 @@ def split_strength(text: str) -> tuple[Path, float]:
 
 
 def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
-    """Lines to print; the progress bar draws itself on stderr."""
-    from tqdm import tqdm
-
-    bar: tqdm[None] | None = None
+    """Lines to print; progress bars draw themselves on stderr."""
+    bar = filling = None
     started, smooth, finished, grid, lost, alphas = 0, None, None, "", "", ""
     for event in stream:
         match event:
@@ -260,13 +305,19 @@ def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
                 yield from plan_lines(event)
             case events.Warned(message=message):
                 yield f"Warning: {message}"
+            case events.Cached():
+                if filling is None:
+                    filling = progress(event.total, event.done, event.of.rstrip("s"), f"Encoding {event.of}")
+                filling.update(event.done - filling.n)
+                if event.done == event.total:
+                    filling.close()
+                    filling = None
             case events.Resumed(step=step):
                 started = step
                 yield f"Going on after step {step}."
             case events.Stepped():
                 if bar is None:
-                    interval = 0.2 if sys.stderr.isatty() else 30.0
-                    bar = tqdm(total=event.steps, initial=started, unit="step", mininterval=interval, dynamic_ncols=True, desc="Training")
+                    bar = progress(event.steps, started, "step", "Training")
                 smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
                 figures = f"loss {smooth:.4f}, rate {event.rate:.1e}, norm drift {event.embedding_norm_drift:.1%}{alphas}"
                 bar.set_postfix_str(figures, refresh=False)
@@ -284,12 +335,20 @@ def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
                 pictures = f"Before and after: {shown(Path(grid))}   " if grid else ""
                 again = f'{program()} generate "{prompt}" --base {run.config.model.base} --lora {shown(Path(path))}'
                 finished = f"{pictures}LoRA: {shown(Path(path))}   Next: {again}"
-    if bar is not None:
-        bar.close()
+    for shown_bar in (filling, bar):
+        if shown_bar is not None:
+            shown_bar.close()
     if lost:
         yield lost
     if finished:
         yield finished
+
+
+def progress(total: int, initial: int, unit: str, title: str) -> Any:
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True, desc=title)
 
 
 def plan_lines(plan: events.Planned) -> Iterator[str]:

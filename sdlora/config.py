@@ -125,6 +125,11 @@ class DataOptions(PictureOptions):
     )
     resolution: int = Field(512, ge=16, le=4096, description="Training size in px: buckets hold at most resolution x resolution pixels.")
     bucket_step: int = Field(64, ge=8, le=256, description="Sides of the aspect-ratio buckets are multiples of this many px.")
+    cache: Path | None = Field(
+        None,
+        description="Folder of what is computed once of pictures and captions (latents, prompt embeddings), for all runs; unset: '_cache' "
+        "in output.runs. See `sdlora cache`.",
+    )
     max_tokens: Literal[75, 150, 225] = Field(
         75,
         description="Tokens of a caption that are used, in chunks of 75 as WebUIs encode long prompts; every caption is padded to as many.",

@@ -36,6 +36,15 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Cached:
+    """What the frozen parts of the model say of pictures or captions is being computed, once for all runs."""
+
+    done: int
+    total: int
+    of: str = "pictures"  # or "captions"
+
+
+@dataclass(frozen=True)
 class Resumed:
     """Training goes on after this many steps; later steps recorded before this line were lost and are taken again."""
 
@@ -100,9 +109,10 @@ class Failed:
     message: str
 
 
-Event = Planned | Warned | Resumed | Stepped | Measured | Previewed | Saved | Exported | Stopped | Finished | Failed
+Event = Planned | Warned | Cached | Resumed | Stepped | Measured | Previewed | Saved | Exported | Stopped | Finished | Failed
 KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Planned, Warned, Resumed, Stepped, Measured, Previewed, Saved, Exported, Stopped, Finished, Failed)
+    kind.__name__: kind
+    for kind in (Planned, Warned, Cached, Resumed, Stepped, Measured, Previewed, Saved, Exported, Stopped, Finished, Failed)
 }
 LAST = (Stopped, Finished, Failed)
 

@@ -1,4 +1,4 @@
-"""What a run trains on: pictures of its sets, placed in buckets, as latents that are computed once."""
+"""What a run trains on: pictures of its sets, placed in buckets."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
-
-from PIL import Image
-from torch import Tensor
 
 from sdlora.config import Config, SetOptions
-from sdlora.data import images
 from sdlora.data.buckets import Placed, place
-from sdlora.data.cache import TensorCache, fingerprint
 from sdlora.data.captions import PLACEHOLDER, CaptionRules
 from sdlora.data.dataset import Example, find_examples, find_subsets
 from sdlora.errors import DataError
-from sdlora.models.family import Family, Model
 
 
 @dataclass(frozen=True)
@@ -32,14 +25,6 @@ class Item:
     weight: float = 1.0  # of its loss
     regularises: bool = False  # of the class and not of the subject
     rules: CaptionRules = field(default=CaptionRules())
-
-
-class Posterior(NamedTuple):
-    """What the VAE says of a picture, on the CPU."""
-
-    mean: Tensor  # (C, h, w)
-    std: Tensor
-    mask: Tensor | None  # (1, h, w) in 0..1: what is trained
 
 
 def find_items(config: Config) -> tuple[list[Item], list[tuple[Path, str]]]:
@@ -106,37 +91,3 @@ def _placed(examples: Sequence[Example], config: Config, options: SetOptions, re
         for example in examples
         for mirrored in sides
     ]
-
-
-def cached_latents(path: Path, family: Family, model: Model, items: Sequence[Item]) -> list[Posterior]:
-    """Posterior of each item; what is missing is encoded and written to `path`."""
-    cache = TensorCache(path)
-    latents = []
-    for item in items:
-        key = _key(item, model)
-        entry = cache.get(key)
-        if entry is None:
-            picture = _shown(item, images.decode(item.example.path))
-            mean, std = family.encode_images(model, images.to_tensor(picture)[None])
-            entry = {"mean": mean[0].cpu(), "std": std[0].cpu()}
-            if item.example.mask is not None:
-                mask = images.decode_mask(item.example.mask.path, item.example.mask.alpha)
-                height, width = entry["mean"].shape[1:]
-                entry["mask"] = images.mask_to_tensor(_shown(item, mask), (height, width))
-            cache.put(key, entry)
-        latents.append(Posterior(entry["mean"], entry["std"], entry.get("mask")))
-    cache.save()
-    return latents
-
-
-def _shown(item: Item, picture: Image.Image) -> Image.Image:
-    picture = images.crop_to(picture, item.placed.resized, item.placed.crop)
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if item.mirrored else picture
-
-
-def _key(item: Item, model: Model) -> str:
-    """All that the cached latents depend on."""
-    mask = item.example.mask
-    of_mask = () if mask is None else (mask.digest, mask.alpha)
-    placed = (item.placed.resized, item.placed.crop, item.mirrored)
-    return fingerprint(images.PIXELS_VERSION, item.example.digest, *placed, model.fingerprint, *of_mask)

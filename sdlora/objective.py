@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from sdlora.config import Config, LossOptions
 from sdlora.data.batches import BatchPlan, sample_seed
-from sdlora.data.captions import choose_caption
+from sdlora.data.captions import choose_caption, fixed_caption
 from sdlora.diffusion.losses import WEIGHTINGS, denoising_loss, huber_width
 from sdlora.diffusion.noise import perturb, sample_noise
 from sdlora.diffusion.schedule import NoiseSchedule
 from sdlora.diffusion.timesteps import Distribution, stratified
 from sdlora.errors import ConfigError
-from sdlora.items import Item, Posterior
+from sdlora.items import Item
+from sdlora.latents import Posterior
 from sdlora.lora.embedding_norm import Remembered, cosine_drift, embedding_norms, norm_drift, norm_loss, pinned_loss
 from sdlora.lora.layers import Adapter, disabled, set_drop_seeds
 from sdlora.models.family import Family, Model
@@ -53,7 +54,7 @@ class Loss:
 
 
 class Objective:
-    """Remembers what the base encoder says of a prompt; all else is a function of (step, part)."""
+    """Remembers the norms of what the base encoder says of a prompt; all else is a function of (step, part)."""
 
     def __init__(
         self,
@@ -63,17 +64,19 @@ class Objective:
         items: Sequence[Item],
         plan: BatchPlan,
         latents: Sequence[Posterior],
+        of_base: Callable[[Sequence[str]], Tensor],
         layers: Mapping[str, Adapter],
     ):
+        """`of_base`: prompts -> prompt_embeds (B, T, D) of the base encoder, without gradients."""
         self.config, self.family, self.model = config, family, model
         self.items, self.plan, self.latents = items, plan, latents
         self.layers = dict(layers)
         self.schedule = noise_schedule_of(model, config)
         self.distribution = timesteps_of(config)
-        self.trains_text = any(name.startswith("text_encoder") for name in layers)
+        self.trains_text = trains_text(layers)
         self.pinned = pinned_prompts(config)
-        self.of_base = Remembered(self._encode_with_base, most=512)  # whole embeddings: a quarter of a MB each in SD 1.x
-        self.base_norms = Remembered(lambda prompts: embedding_norms(self.of_base(prompts), config.loss.embedding_norm_order), most=100_000)
+        self.of_base = of_base
+        self.base_norms = Remembered(lambda prompts: embedding_norms(of_base(prompts), config.loss.embedding_norm_order), most=100_000)
 
     def __call__(self, step: int, part: int, text_rests: bool = False) -> Loss:
         """Loss of batch number `part` of a step, counted from 0; with `text_rests` the text encoder gets no gradient."""
@@ -160,10 +163,6 @@ class Objective:
         weight, width = weight_and_width(self.schedule, timesteps, self.config.loss)
         return denoising_loss(self.family.predict(self.model, noisy, timesteps, prompt_embeds), wanted, weight, width)
 
-    def _encode_with_base(self, prompts: list[str]) -> Tensor:
-        with torch.no_grad(), disabled(self.layers.values()):
-            return self.family.encode_prompts(self.model, prompts)
-
     def _first(self, step: int, part: int) -> int:
         """How many samples of the step come before this part's."""
         begin = step * self.config.train.accumulation
@@ -202,6 +201,17 @@ class Objective:
         options, seed = self.config.lora, self.config.train.seed
         if options.dropout or options.rank_dropout or options.module_dropout:
             set_drop_seeds(self.layers.values(), [sample_seed(seed, batch, 0, f"dropout {name}") for name in self.layers])
+
+
+def trains_text(layers: Iterable[str]) -> bool:
+    return any(name.startswith("text_encoder") for name in layers)
+
+
+def prompts_of(config: Config, items: Sequence[Item], text_is_trained: bool) -> list[str]:
+    """Every prompt whose base embedding the run will ask for, but for captions that vary from one showing to the next."""
+    captions = [caption for item in items if (caption := fixed_caption(item.example.caption, item.rules)) is not None]
+    empty = [""] if any(item.rules.dropout for item in items) else []
+    return [*captions, *empty, *(pinned_prompts(config) if config.loss.prior or text_is_trained else ())]
 
 
 def pinned_prompts(config: Config) -> tuple[str, ...]:

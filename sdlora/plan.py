@@ -92,7 +92,7 @@ def describe(config: Config, model: Model, items: Sequence[Item], plan: BatchPla
 
 def estimate_memory(config: Config, model: Model, trainable: int, bucket: tuple[int, int]) -> int:
     """Peak bytes of a step: weights, adapters with gradient and two Adam moments (fp32), saved activations; on a CPU also the
-    process as it stands, which holds the weights already."""
+    process as it stands, which holds the weights already. The VAE is not on the device then."""
     batch = config.train.batch_size
     unet: Any = model.parts["unet"]
     factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
@@ -104,5 +104,5 @@ def estimate_memory(config: Config, model: Model, trainable: int, bucket: tuple[
             return shadow(latents, torch.zeros(batch, dtype=torch.long, device="meta"), embeds).sample  # type: ignore[no-any-return]
 
     activations = memory.saved_bytes(unet, step)
-    held = psutil.Process().memory_info().rss if model.device.type == "cpu" else memory.weight_bytes(*model.parts.values(), model.vae)
+    held = psutil.Process().memory_info().rss if model.device.type == "cpu" else memory.weight_bytes(*model.parts.values())
     return held + trainable * 4 * 3 + activations

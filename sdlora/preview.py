@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from sdlora.errors import ConfigError
+from sdlora.models.device import on_device
 from sdlora.models.family import Family, Model, PicturePrompt
 from sdlora.run import Run
 
@@ -64,9 +65,10 @@ def save_picture(picture: Image.Image, path: Path, prompt: PicturePrompt, *, mod
 
 
 def draw(run: Run, family: Family, model: Model, prompts: Sequence[PicturePrompt], step: int) -> None:
-    for number, prompt in enumerate(prompts):
-        (picture,) = family.generate(model, [prompt], 1)
-        save_picture(picture, picture_path(run, step, number), prompt, model=run.config.model.base)
+    with on_device(model, "vae", "text_encoder"):
+        for number, prompt in enumerate(prompts):
+            (picture,) = family.generate(model, [prompt], 1)
+            save_picture(picture, picture_path(run, step, number), prompt, model=run.config.model.base)
 
 
 def picture_path(run: Run, step: int, number: int) -> Path:

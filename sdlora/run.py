@@ -10,6 +10,8 @@ from sdlora import config as configs
 from sdlora.config import Config, Section
 from sdlora.errors import ConfigError, TrainingError
 
+CACHE = "_cache"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -39,7 +41,8 @@ class Run:
 
     @property
     def cache(self) -> Path:
-        return self.folder / "latents.safetensors"
+        """Beside the runs, which share it: no run's name begins with a line."""
+        return self.config.data.cache or self.folder.parent / CACHE
 
     @property
     def export(self) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,20 @@ from sdlora import optim as optimizers
 from sdlora.adapt import adapt, load_model, start_of, text_encoder_rate
 from sdlora.config import Config
 from sdlora.data.batches import BatchPlan
+from sdlora.data.cache import TensorCache
+from sdlora.data.captions import fixed_caption
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.export import alpha_quantiles, export
-from sdlora.items import cached_latents, find_items
+from sdlora.items import find_items
+from sdlora.latents import Latents
 from sdlora.lora import calibrate, formats
 from sdlora.lora.layers import Adapter, LoraLayer, disabled, set_drop_seeds
+from sdlora.models.device import set_aside
 from sdlora.models.family import Model
-from sdlora.objective import Objective, noise_schedule_of
+from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
 from sdlora.plan import describe
+from sdlora.prompts import BasePrompts
 from sdlora.run import Run
 
 MATCH_EVERY = 10  # steps between two looks at matched rates, which move by a percent meanwhile; the first ten are all looked at
@@ -51,11 +56,16 @@ def train(run: Run) -> Iterator[events.Event]:
     check_step(config, model)
     noise_schedule_of(model, config)  # refuses here what does not fit the model
 
+    latents = Latents(TensorCache(run.cache / f"latents-{model.vae_fingerprint[:16]}", config.model.base), family, model, items)
+    of_prompts = TensorCache(run.cache / f"prompts-{model.text_fingerprint[:16]}", config.model.base)
+
     def statistics(modules: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, Tensor]:
         """Of the model before it is adapted, over the run's first batches."""
-        base = Objective(config, family, model, items, plan, cached_latents(run.cache, family, model, items), {})
-        batches = [divmod(number, config.train.accumulation) for number in range(config.lora.calibration_batches)]
-        losses = [partial(base.denoising, *at, through_text=True) for at in batches]
+        base = Objective(config, family, model, items, plan, latents, BasePrompts(of_prompts, family, model, []), {})
+        numbers = range(config.lora.calibration_batches)
+        for _ in latents.fill([index for number in numbers for index in plan.batch(number)]):
+            pass  # few, and `adapt` could not pass events on
+        losses = [partial(base.denoising, *divmod(number, config.train.accumulation), through_text=True) for number in numbers]
         if config.lora.init == "gradient":
             return calibrate.gradients(modules, losses)
         return calibrate.activations(modules, losses, config.lora.rank, config.train.seed)
@@ -79,7 +89,14 @@ def train(run: Run) -> Iterator[events.Event]:
     yield describe(config, model, items, plan, layers)
     yield from warnings(config, skipped, adapted.unmatched, layers)
 
-    objective = Objective(config, family, model, items, plan, cached_latents(run.cache, family, model, items), layers)
+    of_base = BasePrompts(of_prompts, family, model, layers.values())
+    yield from until_stopped(run, latents.fill())
+    set_aside(model, "vae")
+    yield from until_stopped(run, of_base.fill(prompts_of(config, items, trains_text(layers))))
+    if not trains_text(layers) and all(fixed_caption(item.example.caption, item.rules) is not None for item in items):
+        set_aside(model, "text_encoder")
+
+    objective = Objective(config, family, model, items, plan, latents, of_base, layers)
     step = restore(run, layers, optimizer, average)
     if step:
         yield events.Resumed(step)
@@ -143,6 +160,15 @@ def train(run: Run) -> Iterator[events.Event]:
             preview.draw(run, family, model, prompts, step)
         yield events.Previewed(step, str(preview.save_grid(run, prompts, [("base model", 0), ("with LoRA", step)], "before-after.png")))
     yield events.Finished(step, str(run.export))
+
+
+def until_stopped(run: Run, stream: Generator[events.Cached, None, None]) -> Generator[events.Cached, None, None]:
+    """The stream, cut off and closed where the run is asked to stop."""
+    for event in stream:
+        yield event
+        if run.asked_to_stop():
+            stream.close()
+            return
 
 
 def check_step(config: Config, model: Model) -> None:

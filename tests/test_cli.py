@@ -93,6 +93,7 @@ def test_train_then_generate(place: Path) -> None:
     assert any(line.startswith("Adapters     48 of unet, 12 of text encoder") for line in lines)
     assert "before-after.png" in lines[-1] and "whole.safetensors" in lines[-1] and "sdlora generate" in lines[-1]
     assert "8/8" in told.stderr and "loss" in told.stderr
+    assert "Encoding pictures: 100%" in told.stderr and "Encoding captions: 100%" in told.stderr
 
     lora = place / "runs" / "whole" / "whole.safetensors"
     out = place / "out"
@@ -125,3 +126,20 @@ def test_a_signal_saves_and_exits_zero_and_resume_finishes(place: Path, number: 
     resumed = sdlora("resume", folder)
     assert resumed.returncode == 0 and f"Going on after step {done}." in resumed.stdout
     assert (folder / f"{name}.safetensors").exists()
+
+
+def test_cache_is_shown_and_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from sdlora.data.cache import TensorCache
+
+    cache = TensorCache(tmp_path / "latents-1", "mini")
+    cache.put("a", {"mean": torch.zeros(512, 1024)})
+    cache.flush()
+    assert main(["cache", "info", str(tmp_path)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == f"{tmp_path}: 2.0 MiB" and told[1].startswith("  latents-1: 1 entries, 2.0 MiB, of mini, last used 20")
+    assert main(["cache", "prune", str(tmp_path)]) == 0 and "0 files deleted, 0.0 MiB" in capsys.readouterr().out
+    assert main(["cache", "prune", str(tmp_path), "--older-than", "0"]) == 0 and "1 file deleted, 2.0 MiB" in capsys.readouterr().out
+    assert main(["cache", "info", str(tmp_path)]) == 0 and capsys.readouterr().out == f"{tmp_path}: 0.0 MiB\n"
+    assert main(["cache", "info", str(tmp_path / "nowhere")]) == 2

@@ -10,11 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sdlora"
 # A module may import from its own layer's folder and from the layers before it.
 LAYERS = [
-    {"errors", "config", "events", "__init__"},
+    {"errors", "config", "events", "files", "__init__"},
     {"run"},
     {"diffusion", "lora", "data"},
     {"models", "optim"},
     {"checkpoint", "preview", "analysis", "adapt", "items"},
+    {"latents", "prompts"},
     {"objective", "export", "plan"},
     {"train"},
     {"cli"},

@@ -19,6 +19,7 @@ def test_create_and_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     opened = run.open_run(second.folder)
     assert opened.config.data.folder == tmp_path / "pictures"  # absolute: resume works from any folder
     assert opened.export == second.folder / "cat.safetensors"
+    assert first.cache == second.cache == tmp_path / "runs" / "_cache"
 
 
 def test_stop_file(tmp_path: Path) -> None:
@@ -43,8 +44,11 @@ def test_every_path_in_the_run_folder_is_absolute(tmp_path: Path, monkeypatch: p
     for name in ("pictures", "others"):
         (tmp_path / name).mkdir()
     (tmp_path / "earlier.safetensors").touch()
-    options = {"data.folder": "pictures", "regularisation_folder": "others", "alpha_from": "earlier.safetensors", "runs": "runs"}
-    made = run.create(config.load([], list(options.items()))).config
+    options = {"data.folder": "pictures", "regularisation_folder": "others", "data.cache": "kept", "runs": "runs"}
+    options["alpha_from"] = "earlier.safetensors"
+    created = run.create(config.load([], list(options.items())))
+    made = created.config
+    assert created.cache == tmp_path / "kept"
     assert made.data.folder == tmp_path / "pictures" and made.data.regularisation_folder == tmp_path / "others"
     assert made.lora.alpha_from == tmp_path / "earlier.safetensors" and made.model.base == "mini"
 

@@ -1,5 +1,6 @@
 """The loop, end to end on a random tiny model: what it trains, that it repeats and resumes to the bit, what it refuses."""
 
+import dataclasses
 import json
 from itertools import takewhile
 from pathlib import Path
@@ -15,6 +16,7 @@ from tiny import build_model
 
 from sdlora import config as configs
 from sdlora import events, run
+from sdlora import train as train_module
 from sdlora.adapt import adapt
 from sdlora.checkpoint import load_newest, unflatten
 from sdlora.errors import ConfigError, DataError, TrainingError, WeightsError
@@ -564,6 +566,51 @@ def test_losses_are_those_of_the_golden_file(make: Any) -> None:
         golden.write_text(json.dumps(series))
         pytest.fail("golden_losses.json was missing and has been written: look at it and commit it")
     assert series == pytest.approx(json.loads(golden.read_text()), rel=1e-3)
+
+
+def test_a_second_run_takes_all_from_the_cache_of_the_first(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"text_encoder": "[]", "flip": "true", "caption_dropout": 0.3, "loss.prior": 1}
+    first = list(train(make(**options)))
+    assert [(e.of, e.done) for e in first if isinstance(e, events.Cached) and e.done == e.total] == [("pictures", 10), ("captions", 18)]
+    load = families.load
+
+    def without_encoders(*arguments: Any) -> Any:
+        family, model = load(*arguments)
+        return dataclasses.replace(family, encode_images=None, encode_prompts=None), model
+
+    monkeypatch.setattr(families, "load", without_encoders)
+    second = list(train(make(**options)))
+    assert losses(second) == losses(first) and not any(isinstance(e, events.Cached) for e in second)
+
+
+@pytest.mark.parametrize(
+    ("options", "aside"),
+    [({}, ["vae"]), ({"text_encoder": "[]"}, ["vae", "text_encoder"]), ({"text_encoder": "[]", "shuffle_tags": "true"}, ["vae"])],
+)
+def test_what_is_not_needed_for_steps_leaves_the_device(
+    make: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], aside: list[str]
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(train_module, "set_aside", lambda model, name: told.append(name))
+    for event in train(make(**options)):
+        if isinstance(event, events.Stepped):
+            break
+        assert not (isinstance(event, events.Cached) and event.of == "pictures" and told), "the VAE left before its work was done"
+    assert told == aside
+
+
+def test_a_run_stopped_while_latents_are_computed_goes_on_with_the_rest(make: Any) -> None:
+    of = make()
+    told = []
+    for event in train(of):
+        told.append(event)
+        if isinstance(event, events.Cached) and event.done == 2:
+            of.ask_to_stop()
+    assert told[-1] == events.Stopped(0) and not losses(told)
+    of.stop_file.unlink()
+    second = list(train(of))
+    assert next(e for e in second if isinstance(e, events.Cached)) == events.Cached(3, 5)
+    assert losses(second) == losses(train(make()))
 
 
 def test_refusals_come_before_training(make: Any, tmp_path: Path) -> None:

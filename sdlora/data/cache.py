@@ -1,25 +1,41 @@
-"""Tensors that are costly to compute once more (latents, prompt embeddings), kept in one safetensors file.
+"""Tensors that are costly to compute once more (latents, prompt embeddings), on disk and shared between runs.
 
-A key is a digest of everything that the tensors depend on, so an entry can be missing but never stale.
+A key is a digest of everything that the tensors depend on, so an entry can be missing but never stale. A folder holds shards:
+safetensors files that are written whole and never again, so that any number of processes may read and write at once. An entry is
+`<key>/<name>` for each of its tensors and `<key>/crc32` over their bytes. Only the keys are held in memory; tensors are read from
+mapped files when they are asked for.
 """
 
+from __future__ import annotations
+
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import time
+import uuid
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
+from torch import Tensor
 
 from sdlora.errors import TrainingError
+from sdlora.files import DRAFT_PREFIX, write_durably
 
-FORMAT_VERSION = "1"  # of the file: how keys and names are laid out in it
-METADATA = {"format": "pt", "sdlora_cache": FORMAT_VERSION}
+FORMAT_VERSION = "2"  # of a shard: how keys and names are laid out in it
+CHECK = "crc32"  # catches what a failing disk turned round; int64, for torch has no arithmetic for unsigned ones
+OPEN_SHARDS = 32  # mapped at once: what was read of a mapped file counts as the process's memory until the system takes it back
+DAY = 24 * 3600  # s
+DRAFT_AGE = DAY  # no shard takes a day to write: such a draft was left by a process that was killed
 
-logger = logging.getLogger(__name__)
+Entry = dict[str, Tensor]
+log = logging.getLogger(__name__)
 
 
 def fingerprint(*parts: object) -> str:
@@ -27,90 +43,167 @@ def fingerprint(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+class Place(NamedTuple):
+    """Where an entry lies."""
+
+    shard: Path
+    names: tuple[str, ...]
+
+
 class TensorCache:
-    """Entries of the file at `path` as it is needed, and new ones in memory until save()."""
+    """Entries of the shards in `folder` as they are needed, and new ones in memory until flush()."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._new: dict[str, dict[str, torch.Tensor]] = {}
-        self._stored: dict[str, list[str]] | None = None  # key -> names in the file; None: not looked at yet
-        self._file: Any = None  # a safe_open, whose methods carry no types
+    def __init__(self, folder: Path, model: str) -> None:
+        """`model` names for people what the entries are of; it is no part of their keys."""
+        self._folder, self._model = folder, model
+        self._new: dict[str, Entry] = {}
+        self._places: dict[str, Place] | None = None  # None: not looked at yet
+        self._opened: dict[Path, Any] = {}  # at most OPEN_SHARDS of safe_open, whose methods carry no types
 
-    def get(self, key: str) -> dict[str, torch.Tensor] | None:
+    def __contains__(self, key: str) -> bool:
+        """Whether get() will most likely find it: the tensors themselves are not looked at."""
+        return key in self._new or key in self._index()
+
+    def get(self, key: str) -> Entry | None:
+        """The entry, copied from the disk; None where there is none, or where it is damaged, which the log tells."""
         if key in self._new:
             return self._new[key]
-        return self._read(key) if key in self._index() else None
+        place = self._index().get(key)
+        if place is None:
+            return None
+        try:
+            return self._read(key, place)
+        except (SafetensorError, OSError, ValueError) as error:
+            log.warning("%s: entry %s is damaged or gone (%s) and will be computed anew", place.shard, key, error)
+            del self._index()[key]
+            return None
 
-    def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
+    def put(self, key: str, tensors: Entry) -> None:
         """Tensors are copied to the CPU: a slice of a batch must not keep the batch alive."""
         self._new[key] = {
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
 
-    def save(self) -> None:
-        """Write old and new entries together; all of them are in memory meanwhile. Raises TrainingError when the disk refuses."""
+    def flush(self) -> None:
+        """Write what is new as one more shard. Raises TrainingError when the disk refuses; nothing is forgotten then."""
         if not self._new:
             return
-        self._close()  # what another run has added since is kept, too
-        entries = {key: self._read(key) for key in self._index()} | self._new
-        self._close()  # Windows does not replace a file that is mapped
-        tensors = {f"{key}/{name}": tensor for key, entry in entries.items() for name, tensor in entry.items()}
+        # In the order of their writing, so that an entry that replaces a damaged one is found in its place.
+        shard = self._folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.safetensors"
+        tensors = {f"{key}/{name}": tensor for key, entry in self._new.items() for name, tensor in (entry | _check(entry)).items()}
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self._path, tensors)
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(f"The cache {self._path} cannot be written ({error}); make room or choose another folder.") from error
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_durably(shard, serialise(tensors, {"format": "pt", "sdlora_cache": FORMAT_VERSION, "model": self._model}))
+        except OSError as error:
+            raise TrainingError(
+                f"The cache {self._folder} cannot be written ({error.strerror}); make room with `sdlora cache prune`, or set data.cache."
+            ) from error
+        self._index().update({key: Place(shard, tuple(entry)) for key, entry in self._new.items()})
         self._new = {}
 
-    def _index(self) -> dict[str, list[str]]:
-        if self._stored is None:
-            self._stored = {}
-            if self._path.exists():
-                self._open()
-        return self._stored
+    def _index(self) -> dict[str, Place]:
+        if self._places is None:
+            self._places = {}
+            for shard in _shards(self._folder):
+                try:
+                    self._places |= _places(shard)
+                except (SafetensorError, OSError, ValueError) as error:
+                    log.warning("The cache's file %s is damaged (%s): what it held will be computed anew", shard, error)
+        return self._places
 
-    def _open(self) -> None:
+    def _read(self, key: str, place: Place) -> Entry:
+        file = self._opened.get(place.shard)
+        if file is None:
+            file = self._opened[place.shard] = safe_open(place.shard, framework="pt", device="cpu")
+            if len(self._opened) > OPEN_SHARDS:
+                del self._opened[next(iter(self._opened))]
+            with contextlib.suppress(OSError):  # a cache of another user's may be read but not marked
+                os.utime(place.shard)  # in use: prune() goes by this
+        # Copied before it is checked: a view would read the disk again when it is used.
+        entry = {name: file.get_tensor(f"{key}/{name}").clone() for name in place.names}
+        if int(file.get_tensor(f"{key}/{CHECK}")) != int(_check(entry)[CHECK]):
+            raise ValueError("its checksum is wrong")
+        return entry
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one folder of shards holds."""
+
+    folder: Path
+    models: tuple[str, ...]
+    entries: int
+    bytes: int
+    used: float  # when last, seconds since 1970; 0 where nothing is readable
+    damaged: tuple[Path, ...]
+
+
+def survey(root: Path) -> list[Held]:
+    """What the caches below `root` hold, a line a folder."""
+    return [_held(folder) for folder in sorted(path for path in root.glob("*") if path.is_dir() and _shards(path))]
+
+
+def prune(root: Path, older_than: float) -> tuple[int, int]:
+    """Delete shards that were not used for `older_than` days, damaged ones, and what killed processes left; returns how many files,
+    and their bytes. Whoever has a shard open keeps it, and computes anew what is gone."""
+    now, files, size = time.time(), 0, 0
+    for folder in (path for path in root.glob("*") if path.is_dir()):
+        damaged = _held(folder).damaged
+        ages = dict.fromkeys(_shards(folder), older_than * DAY) | dict.fromkeys(folder.glob(f"{DRAFT_PREFIX}*"), DRAFT_AGE)
+        for path, least in ages.items():
+            try:
+                found = path.stat()
+                if path in damaged or now - found.st_mtime >= least:
+                    path.unlink()
+                    files, size = files + 1, size + found.st_size
+            except FileNotFoundError:  # a draft has got its name meanwhile, or another prune was faster
+                continue
+            except PermissionError as error:  # Windows keeps what is mapped
+                log.warning("%s is in use and stays (%s)", path, error)
+    return files, size
+
+
+def _held(folder: Path) -> Held:
+    models: set[str] = set()
+    keys: set[str] = set()
+    size, used, damaged = 0, 0.0, []
+    for shard in _shards(folder):
         try:
-            file: Any = safe_open(self._path, framework="pt", device="cpu")
-            version = (file.metadata() or {}).get("sdlora_cache")
-        except (SafetensorError, OSError) as error:
-            logger.warning("The cache %s is damaged and will be made anew (%s)", self._path, error)
-            return
-        if version != FORMAT_VERSION:
-            logger.warning("The cache %s is of another version and will be made anew", self._path)
-            return
-        self._file = file
-        self._stored = {}
+            keys |= _places(shard).keys()
+            with safe_open(shard, framework="pt") as file:
+                models.add(file.metadata()["model"])
+        except (SafetensorError, OSError, ValueError):
+            damaged.append(shard)
+            continue
+        stat = shard.stat()
+        size, used = size + stat.st_size, max(used, stat.st_mtime)
+    return Held(folder, tuple(sorted(models)), len(keys), size, used, tuple(damaged))
+
+
+def _shards(folder: Path) -> list[Path]:
+    """In the order of their writing; drafts, whose names begin with a dot, are not among them."""
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+
+
+def _places(shard: Path) -> dict[str, Place]:
+    """Where the entries of a shard lie. Raises SafetensorError, OSError or ValueError for what is no whole shard."""
+    with safe_open(shard, framework="pt") as file:
+        if (file.metadata() or {}).get("sdlora_cache") != FORMAT_VERSION:
+            raise ValueError("it is of another program or version")
+        names: dict[str, list[str]] = {}
         for full_name in file.keys():  # noqa: SIM118 - it is no mapping
             key, _, name = full_name.rpartition("/")
-            self._stored.setdefault(key, []).append(name)
-
-    def _read(self, key: str) -> dict[str, torch.Tensor]:
-        assert self._file is not None and self._stored is not None
-        # Copied, for a view would keep the file mapped.
-        return {name: self._file.get_tensor(f"{key}/{name}").clone() for name in self._stored[key]}
-
-    def _close(self) -> None:
-        self._file = None
-        self._stored = None
+            names.setdefault(key, []).append(name)
+    shared: dict[tuple[str, ...], Place] = {}  # entries of a shard have the same names: one tuple serves all
+    return {key: shared.setdefault(own, Place(shard, own)) for key, found in names.items() for own in [_without_check(found)]}
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """At every moment, power cuts included, the path holds the whole old file or the whole new one."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.touch()
-        mode = draft.stat().st_mode  # what the umask makes of it; save_file leaves 0600, which shuts out other users
-        save_file(tensors, draft, METADATA)
-        draft.chmod(mode)
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name, too, is only in memory until the folder is synced
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def _without_check(names: list[str]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in names if name != CHECK))
+
+
+def _check(entry: Entry) -> Entry:
+    crc = 0
+    for name in sorted(entry):
+        crc = zlib.crc32(entry[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    return {CHECK: torch.tensor(crc)}

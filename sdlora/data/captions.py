@@ -7,7 +7,7 @@ import codecs
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdlora.errors import DataError
@@ -94,6 +94,13 @@ def choose_caption(caption: str, rng: random.Random, rules: CaptionRules) -> str
         text = ", ".join(drop_tags(tags, rng, rules.keep_tags, rules.tag_dropout))
     before, behind = expand_wildcards(rules.prefix, rng), expand_wildcards(rules.suffix, rng)
     return before + text + behind if text else (before.rstrip(" ,") + behind).strip(" ,")
+
+
+def fixed_caption(caption: str, rules: CaptionRules) -> str | None:
+    """What every sample is told that is not told nothing; None where that varies."""
+    written = caption + rules.prefix + rules.suffix
+    varies = rules.shuffle or rules.tag_dropout or "\n" in caption or ("{" in written and "|" in written)
+    return None if varies else choose_caption(caption, random.Random(0), replace(rules, dropout=0.0))
 
 
 def pick_line(caption: str, rng: random.Random) -> str:

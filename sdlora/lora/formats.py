@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from sdlora.errors import TrainingError, WeightsError
+from sdlora.files import write_durably
 from sdlora.lora.change import Change, Factors
 from sdlora.lora.targets import readable_name
 
@@ -87,17 +87,7 @@ def save(path: Path, changes: Mapping[str, Change], alpha: float, metadata: Mapp
     data = serialise(tensors, dict(metadata))
     body = 8 + int.from_bytes(data[:8], "little")
     data = serialise(tensors, {**metadata, "sshs_model_hash": hashlib.sha256(data[body:]).hexdigest()})
-    write_atomically(path, data)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, never a part; readable by others, which safetensors' own writer is not."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_durably(path, data)
 
 
 def load(path: Path) -> tuple[dict[str, Change], dict[str, str]]:

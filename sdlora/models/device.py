@@ -1,10 +1,15 @@
-"""Where a model computes, and how exactly."""
+"""Where a model computes, how exactly, and which of its parts are there just now."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import nn
 
 from sdlora.errors import ConfigError
+from sdlora.models.family import Model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -19,3 +24,27 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ConfigError(f"train.device: {name!r} is not to be had here; use auto, or cpu.") from None
     return device
+
+
+def set_aside(model: Model, *names: str) -> None:
+    """Move parts ("vae", "text_encoder" ...) out of the device's memory, until on_device() fetches them."""
+    for name in names:
+        _part(model, name).to("cpu")
+
+
+@contextmanager
+def on_device(model: Model, *names: str) -> Iterator[None]:
+    """Parts are on the model's device inside, and then back where they were."""
+    before = {name: next(_part(model, name).parameters()).device for name in names}
+    for name in names:
+        _part(model, name).to(model.device)
+    try:
+        yield
+    finally:
+        for name, device in before.items():
+            _part(model, name).to(device)
+
+
+def _part(model: Model, name: str) -> nn.Module:
+    module: nn.Module = model.vae if name == "vae" else model.parts[name]
+    return module

@@ -24,7 +24,8 @@ class Model:
     noise_schedule: NoiseSchedule
     scheduler_config: dict[str, Any]
     size_multiple: int  # picture sides must be multiples of this many px
-    fingerprint: str  # of the VAE's weights: what cached latents depend on
+    vae_fingerprint: str  # what cached latents depend on
+    text_fingerprint: str  # what cached prompt embeddings of the base model depend on
     dtype: torch.dtype
     device: torch.device
     notes: tuple[str, ...] = field(default=())  # what was assumed while loading

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdlora.data.cache import fingerprint
 from sdlora.diffusion.schedule import NoiseSchedule
 from sdlora.errors import WeightsError
 from sdlora.models.family import Family, Model, PicturePrompt
@@ -57,7 +58,8 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, clip_skip: int 
         noise_schedule=NoiseSchedule(scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type),
         scheduler_config={**scheduler.config, "clip_sample": False},  # a pixel-space habit that pipelines warn of
         size_multiple=factor * 2 ** (len(unet.config.block_out_channels) - 1),
-        fingerprint=weights_fingerprint(vae),
+        vae_fingerprint=fingerprint(weights_fingerprint(vae), vae.config.scaling_factor),
+        text_fingerprint=text_fingerprint(text_encoder, tokenizer),
         dtype=dtype,
         device=device,
     )
@@ -70,6 +72,15 @@ def skip_layers(text_encoder: CLIPTextModel, clip_skip: int) -> None:
     if clip_skip > len(layers):
         raise WeightsError(f"model.clip_skip = {clip_skip}: the text encoder has {len(layers)} layers only.")
     text_encoder.encoder.layers = layers[: len(layers) + 1 - clip_skip]
+
+
+def text_fingerprint(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> str:
+    """Of all that a prompt's embedding depends on; the precision of the weights is part of their bytes."""
+    config = text_encoder.config
+    read = (config.hidden_act, config.layer_norm_eps, config.num_attention_heads)
+    return fingerprint(
+        weights_fingerprint(text_encoder), read, tokenizer.get_vocab(), tokenizer.model_max_length, tokenizer.pad_token_id
+    )
 
 
 def weights_fingerprint(module: nn.Module) -> str:

@@ -11,6 +11,7 @@ from sdlora.data.captions import (
     choose_caption,
     drop_tags,
     expand_wildcards,
+    fixed_caption,
     pick_line,
     read_caption,
     shuffle_tags,
@@ -195,3 +196,17 @@ def test_a_line_is_chosen_before_its_wildcards_and_those_before_its_tags() -> No
     rules = CaptionRules(shuffle=True)
     shown = {choose_caption("a, {b, c|d}\ne", random.Random(seed), rules) for seed in range(300)}
     assert shown == {"a, b, c", "a, c, b", "b, a, c", "b, c, a", "c, a, b", "c, b, a", "a, d", "d, a", "e"}
+
+
+def test_a_fixed_caption_is_what_every_sample_is_told() -> None:
+    rules = CaptionRules(dropout=0.5, prefix="photo, ")
+    assert fixed_caption("a cat, big", rules) == "photo, a cat, big"
+    assert {choose_caption("a cat, big", random.Random(seed), rules) for seed in range(20)} == {"photo, a cat, big", ""}
+    for caption, varied in (
+        ("a, b", CaptionRules(shuffle=True)),
+        ("a, b", CaptionRules(tag_dropout=0.1)),
+        ("a {b|c}", CaptionRules()),
+        ("a", CaptionRules(suffix="{b|c}")),
+        ("a\nb", CaptionRules()),
+    ):
+        assert fixed_caption(caption, varied) is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
 from tiny import build_model
 
 from sdlora.errors import WeightsError
@@ -97,15 +98,29 @@ def test_latents_have_the_models_scale(tiny: Path) -> None:
     torch.testing.assert_close(std, posterior.std * model.vae.config.scaling_factor)
 
 
-def test_fingerprint_follows_the_vaes_weights(tiny: Path) -> None:
-    from sdlora.models.sd import weights_fingerprint
+def test_fingerprints_follow_weights_scale_precision_and_tokenizer_but_not_the_folder(tiny: Path, tmp_path: Path) -> None:
+    def prints(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+        _, model = families.load(str(folder), dtype, CPU)
+        return model.vae_fingerprint, model.text_fingerprint
 
-    _, model = families.load(str(tiny), torch.float32, CPU)
-    before = weights_fingerprint(model.vae)
-    assert before == model.fingerprint
-    with torch.no_grad():
-        next(model.vae.parameters()).view(-1)[0] += 1e-3
-    assert weights_fingerprint(model.vae) != before
+    vae, text = prints(tiny)
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    assert prints(moved) == (vae, text)
+    half = prints(tiny, torch.bfloat16)
+    assert half[0] == vae and half[1] != text  # the VAE is always in fp32
+    config = json.loads((moved / "vae" / "config.json").read_text())
+    (moved / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    tokens = json.loads((moved / "tokenizer" / "tokenizer_config.json").read_text())
+    (moved / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(tokens | {"model_max_length": 8}))
+    scaled = prints(moved)
+    assert scaled[0] != vae and scaled[1] != text
+    for part in ("vae", "text_encoder"):
+        (path,) = (tiny / part).glob("*.safetensors")
+        tensors = load_file(path)
+        next(iter(tensors.values())).view(-1)[0] += 1e-3
+        save_file(tensors, shutil.copytree(tiny, tmp_path / part) / part / path.name, {"format": "pt"})
+    assert (prints(tmp_path / "vae")[0] != vae, prints(tmp_path / "vae")[1] == text) == (True, True)
+    assert (prints(tmp_path / "text_encoder")[0] == vae, prints(tmp_path / "text_encoder")[1] != text) == (True, True)
 
 
 def test_prediction_type_comes_from_the_scheduler(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Files that a power cut leaves whole: the old one or the new one, never a part."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+DRAFT_PREFIX = ".tmp-"  # of the name of a file that is being written
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Put `data` at `path`: in one step for whoever reads it, and on the disk itself when this returns. Raises OSError, and leaves
+    nothing behind then."""
+    draft = path.with_name(f"{DRAFT_PREFIX}{os.getpid()}-{path.name}")
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """A new name, too, is only in memory until its folder is flushed."""
+    if os.name == "posix":  # Windows can neither open nor flush a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

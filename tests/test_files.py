@@ -1,0 +1,50 @@
+"""Durable writes: the old file or the new one, nothing beside it, readable by others."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from sdlora.files import write_durably
+
+
+def test_the_file_is_replaced_as_a_whole_and_whoever_reads_the_old_one_keeps_it(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_durably(path, b"old")
+    with path.open("rb") as reader:
+        write_durably(path, b"new one")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new one" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    write_durably(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_durably(path, b"new one")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_durably(tmp_path / "a", b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (told.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (told.append("name"), replace(a, b))[1])
+    write_durably(tmp_path / "a", b"x")
+    assert told == ["file", "name", "folder"][: 3 if os.name == "posix" else 2]
