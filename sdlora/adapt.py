@@ -22,8 +22,8 @@ from sdlora.models.family import Family, Model
 
 log = logging.getLogger(__name__)
 
-Statistics = Callable[[Mapping[str, nn.Linear | nn.Conv2d]], dict[str, Tensor]]
-"""Modules by readable name -> what a calibrated init wants to know of each."""
+Statistics = Callable[[Mapping[str, nn.Linear | nn.Conv2d], int], dict[str, Tensor]]
+"""Modules by readable name, and the largest rank -> what a calibrated init wants to know of each."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,15 @@ def adapt(model: Model, config: Config, statistics: Statistics | None = None) ->
         name: module.get_submodule(path) for part, module in model.parts.items() for name, path in targets[part].items() if name in rates
     }
     ranks = {name: min(rank, *modules[name].weight.flatten(1).shape) for name, rank in layer_ranks(adapted, config).items()}
-    alphas, unmatched = starting_alphas(adapted, ranks, config)
-    known = statistics(modules) if statistics is not None and options.init in CALIBRATED else {}
+    has_matrices = options.kind in ("lora", "dora")
+    alphas, unmatched = starting_alphas(adapted, ranks, config) if has_matrices else ({}, [])
+    if config.train.gradient_checkpointing:
+        for module in model.parts.values():
+            # transformers and diffusers checkpoint in training mode only; the models have no dropout that this would switch on
+            module.train()
+            getattr(module, "enable_gradient_checkpointing", getattr(module, "gradient_checkpointing_enable", None))()  # type: ignore[misc]
+    calibrates = statistics is not None and has_matrices and options.init in CALIBRATED and adapted
+    known = statistics(modules, max(ranks.values())) if statistics is not None and calibrates else {}
     dropouts = Dropouts(options.dropout, options.rank_dropout, options.module_dropout)
 
     def make(name: str, base: Any) -> Adapter:
@@ -88,11 +95,6 @@ def adapt(model: Model, config: Config, statistics: Statistics | None = None) ->
     layers: dict[str, Adapter] = {}
     for part, module in model.parts.items():
         layers |= inject(module, {n: path for n, path in (targets[part] | norms[part]).items() if n in rates}, make)
-    if config.train.gradient_checkpointing:
-        for module in model.parts.values():
-            # transformers and diffusers checkpoint in training mode only; the models have no dropout that this would switch on
-            module.train()
-            getattr(module, "enable_gradient_checkpointing", getattr(module, "gradient_checkpointing_enable", None))()  # type: ignore[misc]
     return Adapted(layers, rates, {name: config.optimizer.alpha_rate * abs(alpha) for name, alpha in alphas.items()}, unmatched)
 
 
@@ -129,18 +131,22 @@ def layer_ranks(names: list[str], config: Config) -> dict[str, int]:
 
 def starting_alphas(names: list[str], ranks: Mapping[str, int], config: Config) -> tuple[dict[str, float], list[str]]:
     """The alpha that each layer starts from, and the layers that `lora.alpha_from` does not know."""
-    options = config.lora
+    options, unmatched = config.lora, []
     # lora.alpha is given for lora.rank: layers of another rank get that which keeps the scale.
     scale = SCALINGS[options.scaling]
     alphas = {name: options.alpha * scale(options.rank) / scale(ranks[name]) for name in names}
+    if options.alpha_from is not None:
+        known = formats.read_scales(options.alpha_from)
+        # and so do those of an earlier run, whatever its rank and scaling were
+        learned = {name: known[key] / scale(ranks[name]) for name in names if (key := formats.webui_name(name)) in known}
+        if not learned:
+            raise ConfigError(f"lora.alpha_from: {options.alpha_from} has none of the layers that are adapted here.")
+        dead = [name for name, alpha in learned.items() if alpha == 0]
+        if dead:
+            raise ConfigError(f"lora.alpha_from: {options.alpha_from} has alpha 0 for {dead[0]}, from which nothing can be learned.")
+        alphas, unmatched = alphas | learned, [name for name in names if name not in learned]
     alphas = by_layer("lora.layer_alphas", names, alphas, options.layer_alphas)
-    if options.alpha_from is None:
-        return alphas, []
-    known = formats.read_alphas(options.alpha_from)
-    learned = {name: known[formats.webui_name(name)] for name in names if formats.webui_name(name) in known}
-    if not learned:
-        raise ConfigError(f"lora.alpha_from: {options.alpha_from} has none of the layers that are adapted here.")
-    dead = [name for name, alpha in learned.items() if alpha == 0]
-    if dead:
-        raise ConfigError(f"lora.alpha_from: {options.alpha_from} has alpha 0 for {dead[0]}, from which nothing can be learned.")
-    return alphas | learned, [name for name in names if name not in learned]
+    low = [name for name, alpha in alphas.items() if options.alpha_floor is not None and alpha < options.alpha_floor]
+    if low:
+        raise ConfigError(f"lora.alpha_floor = {options.alpha_floor} lies above the alpha of {alphas[low[0]]:g} that {low[0]} starts from.")
+    return alphas, unmatched

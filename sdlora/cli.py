@@ -208,6 +208,12 @@ def alphas_command(parsed: argparse.Namespace) -> int:
         raise WeightsError(f"{parsed.file} has no alphas: it holds no low-rank layers.")
     middle, low, high = median(alphas.values()), min(alphas.values()), max(alphas.values())
     print(f"{len(alphas)} layers: alpha {low:.4g} to {high:.4g}, median {middle:.4g}")
+    if parsed.plot:
+        try:
+            analysis.plot(alphas, parsed.plot, f"{parsed.file.name}: what each layer learned")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--plot: cannot draw {parsed.plot}: {error}.") from None
+        print(f"Picture: {shown(parsed.plot)}")
     if low == high:
         print("All alike: this file's alphas were not learned.")
         return 0
@@ -220,9 +226,6 @@ def alphas_command(parsed: argparse.Namespace) -> int:
         print(f"\n{title}:")
         for name, alpha in shown_rows:
             print(f"{alpha:9.4g}  {name}")
-    if parsed.plot:
-        analysis.plot(alphas, parsed.plot, f"{parsed.file.name}: what each layer learned")
-        print(f"\nPicture: {shown(parsed.plot)}")
     return 0
 
 

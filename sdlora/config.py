@@ -236,13 +236,19 @@ class LoraOptions(Section):
     def _options_are_for_the_kind(self) -> Self:
         if self.kind in ("mora", "full"):
             fields = type(self).model_fields
-            idle = ("dropout", "rank_dropout", "module_dropout", "max_norm", "alpha_from", "alpha_floor", "layer_alphas")
+            idle = ("init", "dropout", "rank_dropout", "module_dropout", "max_norm", "alpha_from", "alpha_floor", "layer_alphas")
             for key in idle:
                 if getattr(self, key) != fields[key].get_default(call_default_factory=True):
                     raise ValueError(f"lora.{key} is for low-rank matrices, which lora.kind = '{self.kind}' lacks: leave it out")
         starts_from_weight = self.init in ("pissa", "milora", "olora", "svd_energy", "gradient")
         if self.merge_every and (self.kind != "lora" or starts_from_weight or self.init == "activation"):
             raise ValueError("lora.merge_every needs lora.kind = 'lora' and an init that neither takes from the weight nor is calibrated")
+        if self.alpha_floor is not None and not self.learned_alpha:
+            raise ValueError("lora.alpha_floor is for learned alphas: leave it out, or set lora.learned_alpha = true")
+        if self.rank_dropout and self.init == "orthogonal":
+            raise ValueError("lora.rank_dropout would take apart the halves of lora.init = 'orthogonal', whose product is zero together")
+        if self.max_norm is not None and (self.merge_every or self.kind == "dora"):
+            raise ValueError("lora.max_norm holds down and up alone, not what merge_every or lora.kind = 'dora' add to them: leave it out")
         if self.max_norm is not None and starts_from_weight:
             raise ValueError(f"lora.max_norm cannot hold an update that starts from the weight, as lora.init = '{self.init}' does")
         return self
@@ -410,6 +416,8 @@ class Config(Section):
     def _what_is_trained_can_be_written(self) -> Self:
         if self.output.format == "plain" and (self.lora.biases or self.lora.norms):
             raise ValueError("lora.biases and lora.norms have no place in a plain file: set output.format = 'exact', or leave them out")
+        if self.optimizer.up_ratio != 1 and self.lora.kind in ("mora", "full"):
+            raise ValueError(f"optimizer.up_ratio is for down and up, which lora.kind = '{self.lora.kind}' lacks: leave it out")
         if self.optimizer.matched and self.lora.kind == "mora":
             raise ValueError("optimizer.matched is derived for down and up, which lora.kind = 'mora' lacks: leave it out")
         if self.output.format == "exact" and self.output.largest_rank is not None:

@@ -26,7 +26,9 @@ def export(run: Run, family: Family, model: Model, items: Sequence[Item], layers
     """Write the run's LoRA file. Raises TrainingError rather than export a number that is not finite."""
     config = run.config
     changes, lost, worst = as_asked(layers, config.output)
-    formats.save(run.export, changes, config.lora.alpha, metadata(config, family, model, items, layers, step))
+    ranks = [change.factors.down.shape[0] for change in changes.values() if change.factors is not None]
+    about = metadata(config, family, model, items, layers, step, max(ranks, default=config.lora.rank))
+    formats.save(run.export, changes, config.lora.alpha, about)
     return events.Exported(step, str(run.export), lost, worst)
 
 
@@ -68,10 +70,12 @@ def alpha_quantiles(layers: Mapping[str, Adapter]) -> list[float]:
 
 
 def metadata(
-    config: Config, family: Family, model: Model, items: Sequence[Item], layers: Mapping[str, Adapter], step: int
+    config: Config, family: Family, model: Model, items: Sequence[Item], layers: Mapping[str, Adapter], step: int, rank: int
 ) -> dict[str, str]:
+    """`rank`: the largest in the file."""
     options = config.optimizer
     learned = {formats.webui_name(name): round(alpha, 6) for name, alpha in learned_alphas(layers).items()}
+    scales = {formats.webui_name(name): layer.scale.item() for name, layer in layers.items() if isinstance(layer, LoraLayer)}
     arguments = config.lora.model_dump(mode="json") | {"up_ratio": options.up_ratio, "layer_rates": options.layer_rates}
     trained = [item for item in items if not item.regularises]
     by_folder: dict[str, list[Item]] = {}
@@ -79,10 +83,10 @@ def metadata(
         by_folder.setdefault(item.example.path.parent.name, []).append(item)
     return (
         family.metadata(model)
-        | ({formats.LEARNED_ALPHAS: json.dumps(learned)} if learned else {})
+        | ({formats.LEARNED_ALPHAS: json.dumps(learned), formats.LEARNED_SCALES: json.dumps(scales)} if learned else {})
         | kohya_metadata(
             name=config.output.name,
-            rank=config.lora.rank,
+            rank=rank,
             alpha=config.lora.alpha,
             network_args=arguments,
             training={

@@ -125,7 +125,7 @@ class Objective:
             prompt_embeds = self.family.encode_prompts(self.model, self.captions(step, part))
         first, indices = self._first(step, part), self.plan.batch(step * config.train.accumulation + part)
         noise_seeds, timestep_seeds = (self._seeds(step, part, purpose) for purpose in ("noise", "timestep"))
-        samples = config.train.batch_size * config.train.accumulation
+        samples = self._first(step, config.train.accumulation)  # that the step really has: the last batch of a bucket may be short
         timesteps = stratified(timestep_seeds, first, samples, self.distribution).to(self.model.device)
         clean, noise, seen_noise = latents_and_noise([self.latents[index] for index in indices], noise_seeds, config.loss)
         clean, noise, seen_noise = (tensor.to(self.model.device) for tensor in (clean, noise, seen_noise))

@@ -92,7 +92,7 @@ class Member:
     def __init__(self, name: str, kind: Kind, group: Mapping[str, Any], arguments: Mapping[str, Any]):
         self.name, self.kind = name, kind
         self.optimizer = kind.load()([dict(group)], **arguments)
-        self.fresh = {key: value for key, value in self.group.items() if key not in ("params", "lr")}
+        self.fresh = {key: value for key, value in self.group.items() if key not in ("params", "lr", "peak_lr")}
 
     @property
     def group(self) -> dict[str, Any]:
@@ -118,7 +118,8 @@ class Member:
     def restore(self, owners: Mapping[str, Mapping[str, Any]]) -> None:
         """Take entries back, here by what stands before their last slash; with none be as freshly made, at the rate of the moment."""
         numbers = range(len(self.group["params"]))
-        saved = {**self.fresh, "lr": self.group["lr"], **owners.get(f"group/{self.name}", {}), "params": list(numbers)}
+        rates = {key: self.group[key] for key in ("lr", "peak_lr")}
+        saved = {**self.fresh, **rates, **owners.get(f"group/{self.name}", {}), "params": list(numbers)}
         state = {n: dict(owners[name]) for n, name in zip(numbers, self.group["names"], strict=True) if name in owners}
         self.optimizer.load_state_dict({"state": state, "param_groups": [saved]})
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from sdlora import events
+from sdlora import events, optim
 from sdlora.adapt import adapt, load_model
 from sdlora.config import Config
 from sdlora.data.batches import BatchPlan
@@ -43,6 +43,9 @@ class Plan:
 
 def plan(config: Config) -> Plan:
     """Load the base model and adapt it as training would. Raises what `train` would raise of options and weights."""
+    options = config.optimizer
+    optim.check(options.algorithm, options.schedule, options.ema, matched=options.matched)
+    optim.class_arguments(options.algorithm, options.arguments)
     _, model = load_model(config)
     sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in model.parts.items()}
     adapted = adapt(model, config)
@@ -50,10 +53,11 @@ def plan(config: Config) -> Plan:
         part: sum(layer.weight_shape.numel() for name, layer in adapted.layers.items() if name.startswith(f"{part}.")) / size
         for part, size in sizes.items()
     }
-    options = config.optimizer
     rows = [_row(name, layer, adapted.rates[name], options.up_ratio, options.matched) for name, layer in adapted.layers.items()]
-    learns_alpha = config.lora.learned_alpha and bool(adapted.alpha_rates)
-    return Plan(rows, config.lora.init, config.optimizer.alpha_rate if learns_alpha else 0.0, shares, adapted.unmatched)
+    has_matrices = bool(adapted.alpha_rates)
+    init = config.lora.init if has_matrices else "zero"
+    alpha_rate = options.alpha_rate if has_matrices and config.lora.learned_alpha else 0.0
+    return Plan(rows, init, alpha_rate, shares, adapted.unmatched)
 
 
 def _row(name: str, layer: Adapter, rate: float, up_ratio: float, matched: bool) -> LayerPlan:
@@ -93,16 +97,19 @@ def describe(config: Config, model: Model, items: Sequence[Item], plan: BatchPla
 def estimate_memory(config: Config, model: Model, trainable: int, bucket: tuple[int, int]) -> int:
     """Peak bytes of a step: weights, adapters with gradient and two Adam moments (fp32), saved activations; on a CPU also the
     process as it stands, which holds the weights already. The VAE is not on the device then."""
-    batch = config.train.batch_size
+    batch = config.train.batch_size + (config.loss.prior_samples if config.loss.prior else 0)  # one backward pass for all of them
     unet: Any = model.parts["unet"]
     factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
-    latents = torch.empty(batch, unet.config.in_channels, bucket[1] // factor, bucket[0] // factor, device="meta")
-    embeds = torch.empty(batch, model.prompt_tokens, unet.config.cross_attention_dim, device="meta", requires_grad=True)
+    # Autocast does not act on meta tensors: they have the precision that it would give them.
+    shape = (batch, unet.config.in_channels, bucket[1] // factor, bucket[0] // factor)
+    latents = torch.empty(shape, device="meta", dtype=model.dtype)
+    tokens = (batch, model.prompt_tokens, unet.config.cross_attention_dim)
+    embeds = torch.empty(tokens, device="meta", dtype=model.dtype, requires_grad=True)
 
     def step(shadow: Any) -> Tensor:
-        with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
-            return shadow(latents, torch.zeros(batch, dtype=torch.long, device="meta"), embeds).sample  # type: ignore[no-any-return]
+        return shadow(latents, torch.zeros(batch, dtype=torch.long, device="meta"), embeds).sample  # type: ignore[no-any-return]
 
     activations = memory.saved_bytes(unet, step)
     held = psutil.Process().memory_info().rss if model.device.type == "cpu" else memory.weight_bytes(*model.parts.values())
-    return held + trainable * 4 * 3 + activations
+    numbers = 4 if config.optimizer.ema else 3
+    return held + trainable * 4 * numbers + activations

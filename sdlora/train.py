@@ -59,7 +59,7 @@ def train(run: Run) -> Iterator[events.Event]:
     latents = Latents(TensorCache(run.cache / f"latents-{model.vae_fingerprint[:16]}", config.model.base), family, model, items)
     of_prompts = TensorCache(run.cache / f"prompts-{model.text_fingerprint[:16]}", config.model.base)
 
-    def statistics(modules: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, Tensor]:
+    def statistics(modules: Mapping[str, nn.Linear | nn.Conv2d], rank: int) -> dict[str, Tensor]:
         """Of the model before it is adapted, over the run's first batches."""
         base = Objective(config, family, model, items, plan, latents, BasePrompts(of_prompts, family, model, []), {})
         numbers = range(config.lora.calibration_batches)
@@ -68,7 +68,7 @@ def train(run: Run) -> Iterator[events.Event]:
         losses = [partial(base.denoising, *divmod(number, config.train.accumulation), through_text=True) for number in numbers]
         if config.lora.init == "gradient":
             return calibrate.gradients(modules, losses)
-        return calibrate.activations(modules, losses, config.lora.rank, config.train.seed)
+        return calibrate.activations(modules, losses, rank, config.train.seed)
 
     adapted = adapt(model, config, statistics)
     layers = adapted.layers
@@ -118,7 +118,8 @@ def train(run: Run) -> Iterator[events.Event]:
             raise TrainingError(
                 f"The loss or its gradient is not finite at step {step + 1}: lower optimizer.rate; checkpoints before it are whole."
             )
-        if options.matched and (step < MATCH_EVERY or step % MATCH_EVERY == 0):
+        since = step % config.lora.merge_every if config.lora.merge_every else step
+        if options.matched and (since < MATCH_EVERY or since % MATCH_EVERY == 0):
             match_rates(optimizer, layers, adapted.rates, options.up_ratio)
         optimizer.set_rates(share_of_peak(config, step), resting="text_encoder" if text_rests else None)
         optimizer.step()
@@ -257,7 +258,11 @@ def restore(run: Run, layers: Mapping[str, Adapter], optimizer: Optimizer, avera
     if saved.keys() != layers.keys():
         raise TrainingError(f"{run.folder}: its checkpoint is of other layers than its config.toml names; start a new run.")
     for name, layer in layers.items():
+        if {key: t.shape for key, t in layer.state().items()} != {key: t.shape for key, t in saved[name].items()}:
+            raise TrainingError(f"{run.folder}: its checkpoint has another kind or rank of {name} than its config.toml; start a new run.")
         layer.load_state(saved[name])
+    if len(newest.tensors["average"]) != len(average.values):
+        raise TrainingError(f"{run.folder}: its config.toml has another optimizer.ema than its checkpoint; start a new run.")
     optimizer.load_state(newest.tensors["optimizer"], newest.state["optimizer"])
     average.load_tensors(newest.tensors["average"])
     return newest.step

@@ -19,12 +19,15 @@ from sdlora import events, run
 from sdlora import train as train_module
 from sdlora.adapt import adapt
 from sdlora.checkpoint import load_newest, unflatten
+from sdlora.data.batches import BatchPlan
+from sdlora.diffusion.timesteps import stratified
 from sdlora.errors import ConfigError, DataError, TrainingError, WeightsError
 from sdlora.items import find_items
+from sdlora.latents import Posterior
 from sdlora.lora import formats
 from sdlora.lora.inits import INITS
 from sdlora.models import families
-from sdlora.objective import GENERIC_PROMPTS, pinned_prompts
+from sdlora.objective import GENERIC_PROMPTS, Objective, pinned_prompts
 from sdlora.optim import Average, Optimizer
 from sdlora.train import restore, train
 
@@ -298,6 +301,19 @@ def test_alphas_start_from_an_earlier_file(make: Any, tmp_path: Path) -> None:
         list(train(make(alpha_from=tmp_path / "missing.safetensors")))
 
 
+def test_alphas_from_another_rank_and_scaling_keep_the_scale(make: Any) -> None:
+    earlier = make(alpha_rate=0.05, init="pissa")  # written at twice its rank
+    list(train(earlier))
+    scales = formats.read_scales(earlier.export)
+    later = make(alpha_from=earlier.export, **{"lora.rank": 2}, scaling="rank_stabilised", alpha_rate=0)
+    list(train(later))
+    assert formats.read_scales(later.export) == pytest.approx(scales, rel=1e-5)
+    assert json.loads(formats.load(earlier.export)[1]["ss_network_dim"]) == 8
+    own = make(alpha_from=earlier.export, layer_alphas='{"mid" = 3}', alpha_rate=0)
+    list(train(own))
+    assert {alpha for name, alpha in formats.read_alphas(own.export).items() if "mid_block" in name} == {3.0}
+
+
 def test_alphas_of_a_foreign_file_are_those_of_its_layers(tmp_path: Path) -> None:
     from sdlora.lora.change import Change, Factors
 
@@ -405,6 +421,63 @@ def test_a_lora_can_be_exported_at_a_lower_rank(make: Any) -> None:
     (told,) = [e for e in train(of) if isinstance(e, events.Exported)]
     assert {c.factors.down.shape[0] for c in formats.load(of.export)[0].values() if c.factors is not None} == {2}
     assert 0 < told.lost < 1
+
+
+@pytest.mark.parametrize("kind", [*EVERY_KIND, "norms"])
+def test_every_kind_trains_in_bf16(make: Any, kind: str) -> None:
+    told = losses(train(make(precision="bf16", gradient_checkpointing="true", **(EVERY_KIND | {"norms": NORMS})[kind], steps=3)))
+    whole = losses(train(make(**(EVERY_KIND | {"norms": NORMS})[kind], steps=3)))
+    assert told == pytest.approx(whole, rel=0.05) and told != whole
+
+
+def test_matched_rates_outlive_a_merge(make: Any) -> None:
+    options = {"matched": "true", "rate": 1e-4, "merge_every": 3, "steps": 8, "schedule": "constant"}
+    straight, broken = make(**options), make(**options)
+    told = list(train(straight))
+    rates = [e.rate for e in told if isinstance(e, events.Stepped)]
+    assert all(rate > 1.5e-4 for rate in rates)  # what they were set to, and not optimizer.rate, also behind the merges
+    assert losses(killed_and_resumed(broken, 4)) == losses(told)
+    assert_same_bits(straight, broken)
+
+
+def test_a_short_batch_sees_all_timesteps(make: Any) -> None:
+    """The picture that is alone in its bucket, with a batch size of 4, as often at high noise as at low."""
+    of = make(batch_size=4, accumulation=1)
+    items, _ = find_items(of.config)
+    plan = BatchPlan([item.placed.bucket for item in items], [1] * len(items), 4, 0)
+    seen: list[int] = []
+
+    def spy(seeds: Any, first: int, total: int, distribution: Any) -> torch.Tensor:
+        drawn = stratified(seeds, first, total, distribution)
+        if total == 1:
+            seen.extend(drawn.tolist())
+        return drawn
+
+    family, model = families.load(of.config.model.base, torch.float32, torch.device("cpu"))
+    prompts = lambda captions: family.encode_prompts(model, captions).detach()  # noqa: E731
+    objective_of = Objective(of.config, family, model, items, plan, blank_latents(items), prompts, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdlora.objective.stratified", spy)
+        for step in range(120):
+            objective_of.denoising(step, 0)
+    assert len(seen) > 50 and max(seen) > 900 and min(seen) < 100
+
+
+def blank_latents(items: Any) -> list[Posterior]:
+    shapes = [(4, item.placed.bucket[1] // 2, item.placed.bucket[0] // 2) for item in items]
+    return [Posterior(torch.zeros(shape), torch.ones(shape), None) for shape in shapes]
+
+
+def test_a_checkpoint_of_another_kind_or_rank_is_refused(make: Any) -> None:
+    of = make(checkpoint_every=2)
+    list(train(of))
+    path = of.folder / "config.toml"
+    text = path.read_text()
+    for old, new in (("rank = 4", "rank = 2"), ('kind = "lora"', 'kind = "dora"'), ("ema = 0.0", "ema = 0.9")):
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(TrainingError, match="start a new run"):
+            list(train(run.Run(of.folder)))
 
 
 def test_norms_and_biases_are_trained_written_and_warned_of(make: Any, tiny: Path) -> None:
@@ -574,8 +647,8 @@ def test_a_second_run_takes_all_from_the_cache_of_the_first(make: Any, monkeypat
     assert [(e.of, e.done) for e in first if isinstance(e, events.Cached) and e.done == e.total] == [("pictures", 10), ("captions", 18)]
     load = families.load
 
-    def without_encoders(*arguments: Any) -> Any:
-        family, model = load(*arguments)
+    def without_encoders(*arguments: Any, **options: Any) -> Any:
+        family, model = load(*arguments, **options)
         return dataclasses.replace(family, encode_images=None, encode_prompts=None), model
 
     monkeypatch.setattr(families, "load", without_encoders)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,7 +157,7 @@ def find_examples(
             f" {' or '.join(suffixes)}, or set missing_caption to 'trigger' or 'empty'."
         )
     if masks == "file":
-        examples = _with_masks(examples, mask_files)
+        examples = _with_masks(examples, mask_files, {_place(path) for path in pictures})
     else:
         skipped += [(path, "a mask; set data.masks = 'file' to use it") for path in mask_files]
     return Found(tuple(examples), tuple(skipped + _left_over(files, suffixes, passed_over)))
@@ -195,10 +195,10 @@ def _masked(mask: Path) -> Path:
     return mask.parent / mask.stem.removesuffix(MASK_SUFFIX)
 
 
-def _with_masks(examples: Sequence[Example], files: Sequence[Path]) -> list[Example]:
-    """Each example with the mask of its name, if there is one."""
+def _with_masks(examples: Sequence[Example], files: Sequence[Path], pictures: Set[Path]) -> list[Example]:
+    """Each example with the mask of its name, if there is one; `pictures` are the places of all, unreadable ones too."""
     by_place = {_masked(path): path for path in files}
-    strays = by_place.keys() - {_place(example.path) for example in examples}
+    strays = by_place.keys() - pictures
     if strays or not files:
         named = f"{by_place[min(strays)].name} belongs to no picture" if strays else f"there is no NAME{MASK_SUFFIX}.png in the folder"
         raise DataError(f"data.masks = 'file', but {named}; name each mask after its picture.")

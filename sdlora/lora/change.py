@@ -52,11 +52,13 @@ class Change:
 
 
 def input_norms(weight: Tensor) -> Tensor:
-    """L2 norm of each input channel's weights over all outputs (and kernel positions): (1, I) or (1, I, 1, 1).
+    """L2 norm of each input channel's weights over all outputs (and kernel positions): (1, I) or (1, I, 1, 1), never quite zero.
 
-    DoRA's column norm (Liu et al. 2024, eq. 2, with weights as (O, I)).
+    DoRA's column norm (Liu et al. 2024, eq. 2, with weights as (O, I)). A channel of zeros only has no direction: it stays zero whatever it
+    is divided by.
     """
-    return weight.float().square().sum(dim=(0, *range(2, weight.dim())), keepdim=True).sqrt()
+    squares = weight.float().square().sum(dim=(0, *range(2, weight.dim())), keepdim=True)
+    return squares.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def truncate(change: Change, base: Tensor, rank: int | None = None, kept: float = 0.9999) -> tuple[Factors, float]:
@@ -70,7 +72,7 @@ def truncate(change: Change, base: Tensor, rank: int | None = None, kept: float 
         u, s, vh = torch.linalg.svd(change.factors.alpha / change.factors.down.shape[0] * r_up @ r_down.T)
         u, vh = q_up @ u, vh @ q_down.T
     else:
-        u, s, vh = torch.linalg.svd(change.delta(base).double().flatten(1).cpu(), full_matrices=False)
+        u, s, vh = torch.linalg.svd(change.delta(base).cpu().double().flatten(1), full_matrices=False)
     energy = s.square()
     if rank is None:
         # What rounding left behind does not count as a rank.

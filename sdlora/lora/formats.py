@@ -27,6 +27,7 @@ from sdlora.lora.change import Change, Factors
 from sdlora.lora.targets import readable_name
 
 LEARNED_ALPHAS = "sdlora_learned_alphas"  # JSON: module's name in the file -> alpha
+LEARNED_SCALES = "sdlora_learned_scales"  # the same -> what the product of the matrices was multiplied by in training
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 FOLDABLE = nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm
 
@@ -112,6 +113,8 @@ def load(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
             down, up, alpha = take("lora_down.weight"), take("lora_up.weight"), take("alpha")
             assert down is not None and up is not None
             factors = Factors(down, up, float(down.shape[0] if alpha is None else alpha))
+        if factors is None and f"{key}.dora_scale" in tensors:
+            raise WeightsError(f"{path}: {key} has DoRA's magnitude and not the matrices that belong to it.")
         change = Change(factors, take("dora_scale"), take("diff", "w_norm"), take("diff_b", "b_norm"))
         if factors is not None or change.weight is not None or change.bias is not None:
             changes[key] = change
@@ -124,12 +127,21 @@ def read_alphas(path: Path) -> dict[str, float]:
     """WebUI name -> the alpha that the run behind a file learned, or what the file says where it is not one of ours."""
     changes, metadata = load(path)
     alphas = {name: change.factors.alpha for name, change in changes.items() if change.factors is not None}
+    return alphas | _learned(path, metadata, LEARNED_ALPHAS, changes)
+
+
+def read_scales(path: Path) -> dict[str, float]:
+    """WebUI name -> the scale that the run behind a file learned, whatever its rank, or alpha / R where the file is not one of ours."""
+    changes, metadata = load(path)
+    scales = {name: factors.alpha / factors.down.shape[0] for name, change in changes.items() if (factors := change.factors) is not None}
+    return scales | _learned(path, metadata, LEARNED_SCALES, changes)
+
+
+def _learned(path: Path, metadata: Mapping[str, str], key: str, changes: Mapping[str, Change]) -> dict[str, float]:
     try:
-        learned = json.loads(metadata.get(LEARNED_ALPHAS, "{}"))
-        alphas |= {name: float(alpha) for name, alpha in learned.items() if name in changes}
+        return {name: float(value) for name, value in json.loads(metadata.get(key, "{}")).items() if name in changes}
     except (ValueError, TypeError, AttributeError):
-        raise WeightsError(f"{path}: its metadata {LEARNED_ALPHAS} is damaged.") from None
-    return alphas
+        raise WeightsError(f"{path}: its metadata {key} is damaged.") from None
 
 
 def modules_by_name(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -154,7 +166,11 @@ def merge(parts: Mapping[str, nn.Module], changes: Mapping[str, Change], strengt
         assert isinstance(weight, Tensor)
         factors = change.factors
         if (
-            (factors is not None and weight.numel() != factors.up.shape[0] * factors.down.flatten(1).shape[1])
+            (
+                factors is not None
+                and (factors.up.shape[1] != factors.down.shape[0] or weight.flatten(1).shape != (len(factors.up), factors.down[0].numel()))
+            )
+            or (change.dora_scale is not None and change.dora_scale.shape != (1, weight.shape[1], *[1] * (weight.dim() - 2)))
             or (change.weight is not None and weight.shape != change.weight.shape)
             or (change.bias is not None and (not isinstance(bias, Tensor) or bias.shape != change.bias.shape))
         ):

@@ -164,7 +164,8 @@ class LoraLayer(Adapter):
         hidden = self.through(read, down)
         if draws is not None and self.dropouts.rank:
             ranks = _mask((x.shape[0], self.rank), self.dropouts.rank, draws, hidden)
-            ranks = torch.cat([ranks, ranks.new_ones(x.shape[0], hidden.shape[1 if is_convolution else -1] - self.rank)], dim=1)
+            if self.initial_down is not None:
+                ranks = torch.cat([ranks, ranks], dim=1)  # of start and subtracted start alike
             hidden = hidden * (ranks[:, :, None, None] if is_convolution else ranks.view(-1, *[1] * (x.dim() - 2), ranks.shape[1]))
         up = up.to(hidden.dtype)
         update = F.conv2d(hidden, up) if is_convolution else F.linear(hidden, up)
@@ -173,11 +174,12 @@ class LoraLayer(Adapter):
         return update if self.folded is None else update + self.through(x, self.folded)
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
-        """Down, and up with the scale in it: of twice the rank where the start is subtracted, so that start and subtracted start cancel
-        before they are rounded."""
+        """Down, and up with the scale in it: of twice the rank where the start U D is subtracted from the product u d, as
+        (u - U) d + U (d - D). The differences are taken here, in fp32: rounded to bf16 first, what was learned would be lost in them."""
         if self.initial_down is None or self.initial_up is None:
             return self.down, self.up * self.scale
-        return torch.cat([self.down, self.initial_down]), torch.cat([self.up * self.scale, -self.initial_up], dim=1)
+        down = torch.cat([self.down, self.down - self.initial_down])
+        return down, torch.cat([self.up * self.scale - self.initial_up, self.initial_up], dim=1)
 
     @torch.no_grad()
     def factors(self) -> Factors:
@@ -220,7 +222,8 @@ class DoraLayer(LoraLayer):
     """W' = magnitude * V / |V| with V = base + update, the norm over each input channel (Liu et al. 2024, DoRA, eq. 5): direction and
     size of a channel's weights are learned apart. The norm counts as a constant in the backward pass (their section 4.3).
 
-    |V| divides input channels, so the input is scaled and no second weight is made: V(x * magnitude / |V|).
+    |V| divides input channels, so the input can be scaled: V(x * gain) with gain = magnitude / |V|, here as base(x) + base weight (x *
+    (gain - 1)) + update(x * gain), since a gain near 1 would be rounded to 1 in bf16.
     """
 
     def __init__(self, base: nn.Linear | nn.Conv2d, start: Start, alpha: float, scale_of_one: float, **options: object):
@@ -228,16 +231,15 @@ class DoraLayer(LoraLayer):
         self.magnitude = nn.Parameter(input_norms(base.weight.detach()).flatten())  # (I,)
 
     def adapted(self, x: Tensor) -> Tensor:
-        scaled = x * self._gain().to(x.dtype)
-        return self.base(scaled) + self.update(scaled)  # type: ignore[no-any-return]
+        gain = self._gain()
+        turned = self.through(x * (gain - 1).to(x.dtype), self.base.weight)
+        return self.base(x) + turned + self.update(x * gain.to(x.dtype))  # type: ignore[no-any-return]
 
     def _gain(self) -> Tensor:
         """(I,) for rows of inputs, (I, 1, 1) for pictures."""
         with torch.no_grad():
             down, up = self._matrices()
-            # a channel of zeros only has no direction: it stays zero whatever it is divided by
             norms = input_norms(self.base.weight.float() + (up.flatten(1) @ down.flatten(1)).view(self.weight_shape)).flatten()
-            norms = norms.clamp(min=torch.finfo(torch.float32).tiny)
         gain = self.magnitude / norms
         return gain[:, None, None] if isinstance(self.base, nn.Conv2d) else gain
 
@@ -274,7 +276,8 @@ class MoraLayer(Adapter):
         outputs, inputs = base.weight.flatten(1).shape
         side = math.isqrt((outputs + inputs) * rank)  # their eq. 4
         self.square = nn.Parameter(torch.zeros(min(side, outputs), min(side, inputs), device=base.weight.device))
-        self.rank = min(self.square.shape)
+        rows, columns = self.square.shape
+        self.rank = min(outputs, inputs, min(rows, columns) * max(-(-outputs // rows), -(-inputs // columns)))  # at most
 
     def adapted(self, x: Tensor) -> Tensor:
         return self.base(x) + self.through(x, self._delta())  # type: ignore[no-any-return]

@@ -98,7 +98,8 @@ def by_layer(option: str, names: Sequence[str], values: Mapping[str, Value], own
     for selector, value in own.items():
         matched = [name for name in names if selects(selector, name)]
         if not matched:
-            raise ConfigError(f"{option}: {selector!r} matches no adapted layer; names look like {names[0]} (see run.log).")
+            example = f"; names look like {names[0]} (see run.log)" if names else ", as none is"
+            raise ConfigError(f"{option}: {selector!r} matches no adapted layer{example}.")
         found |= dict.fromkeys(matched, value)
     return found
 

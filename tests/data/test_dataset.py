@@ -208,6 +208,12 @@ def test_masks_that_fit_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cta-masklabel.png belongs to no picture"):
         find(tmp_path, masks="file")
     (tmp_path / "cta-masklabel.png").unlink()
+    (tmp_path / "cat-masklabel.png").unlink(missing_ok=True)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    mask = picture(tmp_path / "broken-masklabel.png")
+    assert [e.path.name for e in find(tmp_path, masks="file", on_bad_image="skip").examples] == ["cat.png"]
+    mask.unlink()
+    (tmp_path / "broken.png").unlink()
     picture(tmp_path / "cat-masklabel.png", (4, 6))
     with pytest.raises(DataError, match="has 4x6 pixels, and the picture 6x4"):
         find(tmp_path, masks="file")

@@ -24,6 +24,12 @@ def test_deltas_by_hand() -> None:
     assert not dora.is_plain and Change(factors).is_plain and not Change(factors, bias=torch.ones(2)).is_plain
 
 
+def test_a_channel_of_zeros_stays_zero() -> None:
+    base = torch.tensor([[0.0, 1.0], [0.0, 2.0]])
+    dora = Change(Factors(torch.zeros(1, 2), torch.ones(2, 1), 1.0), dora_scale=torch.tensor([[0.5, 5**0.5]]))
+    torch.testing.assert_close(dora.delta(base), torch.zeros(2, 2))
+
+
 def test_input_norms_of_a_convolution() -> None:
     torch.testing.assert_close(input_norms(torch.ones(3, 2, 2, 2)), torch.full((1, 2, 1, 1), 12**0.5))
 

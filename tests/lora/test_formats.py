@@ -96,6 +96,23 @@ def test_refusals(tmp_path: Path) -> None:
         merge({"unet": Toy(nn.Linear(2, 2))}, {webui_name(LAYER): Change(Factors(torch.ones(1, 3), torch.ones(2, 1), 1.0))})
 
 
+def test_shapes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    parts, key = {"unet": Toy(nn.Linear(3, 2))}, webui_name(LAYER)
+    matrices = Factors(torch.ones(1, 3), torch.ones(2, 1), 1.0)
+    for change in (
+        Change(matrices, dora_scale=torch.ones(2, 1)),  # on the output axis, as some trainers write it
+        Change(Factors(torch.ones(2, 3), torch.ones(2, 1), 1.0)),
+        Change(weight=torch.ones(3, 2)),
+        Change(matrices, bias=torch.ones(3)),
+    ):
+        with pytest.raises(WeightsError, match="another shape"):
+            merge(parts, {key: change})
+    merge(parts, {key: Change(matrices, dora_scale=torch.ones(1, 3), bias=torch.ones(2))})
+    save_file({f"{key}.dora_scale": torch.ones(1, 3)}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match="not the matrices"):
+        load(tmp_path / "x.safetensors")
+
+
 def test_metadata_is_what_webuis_read() -> None:
     metadata = kohya_metadata(
         name="n",

@@ -323,10 +323,51 @@ def test_rank_dropout_leaves_whole_ranks_out_and_module_dropout_all() -> None:
     whole = dropped(Dropouts(), 0, base, x)
     seen = {round(float(dropped(Dropouts(module=0.5), seed, base, x).norm() / whole.norm()), 3) for seed in range(40)}
     assert seen == {0.0, 1.0}
-    # one rank of two: half of the update's ranks, doubled
+    # each of a sample's four ranks is left out or doubled: of all 16 sums of rank-one updates, it is one
+    start = INITS["kaiming"](base.weight.detach().flatten(1), 4, 0.75, torch.Generator().manual_seed(1))
+    layer = moved(LoraLayer(base, start, 3.0, 0.25, learned_alpha=True))
+    assert isinstance(layer, LoraLayer)
+    parts = torch.stack([layer.scale * (x @ layer.down[r])[..., None] * layer.up[:, r] for r in range(4)]).detach()  # (R, B, T, O)
     halves = dropped(Dropouts(rank=0.5), 3, base, x)
-    ranks = [torch.linalg.matrix_rank(sample, atol=1e-4) for sample in halves]
-    assert all(rank <= 4 for rank in ranks) and not torch.allclose(halves, whole)
+    for sample in range(2):
+        sums = [sum(2.0 * (mask >> r & 1) * parts[r, sample] for r in range(4)) for mask in range(16)]
+        assert sum(bool(torch.allclose(torch.as_tensor(total), halves[sample], atol=1e-4)) for total in sums) == 1
+
+
+@pytest.mark.parametrize("init", [init for init in INITS if init != "orthogonal"])
+def test_rank_dropout_leaves_the_start_as_the_base(init: str) -> None:
+    base, x = bases()[0]
+    start = INITS[init](base.weight.detach().flatten(1), 4, 2.0, torch.Generator().manual_seed(1))
+    layer = LoraLayer(base, start, 8.0, 0.25, learned_alpha=True, dropouts=Dropouts(rank=0.5))
+    layer.drop_seed = 3
+    torch.testing.assert_close(layer(x), base(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa", "milora", "olora", "svd_energy"])
+def test_in_bf16_what_is_learned_is_not_lost_in_what_is_subtracted(init: str) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(128, 128, bias=False).to(torch.bfloat16)
+    start = INITS[init](base.weight.detach().float(), 16, 8.0, torch.Generator().manual_seed(1))
+    layer = LoraLayer(base, start, 32.0, 0.25, learned_alpha=True)
+    x = torch.randn(64, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for matrix in (layer.down, layer.up):
+            matrix += 1e-4 * torch.randn(matrix.shape).sign()  # a usual step
+        wanted = x.float() @ layer.factors().delta().T
+        assert (layer.update(x).float() - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_in_bf16_doras_magnitude_is_not_rounded_away() -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
+    start = INITS["kaiming"](base.weight.detach().float(), 4, 1.0, torch.Generator().manual_seed(1))
+    layer = DoraLayer(base, start, 4.0, 0.25, learned_alpha=True)
+    x = torch.randn(256, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = layer(x).float()
+        layer.magnitude *= 1.003  # less than a step of bf16 behind 1
+        moved_by = float(((layer(x).float() - before) * before).sum() / before.square().sum())
+    assert moved_by == pytest.approx(0.003, rel=0.3)
 
 
 @pytest.mark.parametrize("kind", range(3))
