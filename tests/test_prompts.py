@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdlora.config import Config
 from sdlora.data.cache import TensorCache
+from sdlora.data.captions import CaptionRules
 from sdlora.data.dataset import Example
 from sdlora.items import Item
 from sdlora.models import families
@@ -48,12 +49,12 @@ def test_from_disk_they_are_the_same_bits_and_the_encoder_is_not_asked(tmp_path:
 
 
 def test_prompts_that_a_run_is_sure_to_ask_for() -> None:
-    items = [Item(Example(Path("a.png"), "a cat, big", (8, 8), "x"), None, False)]  # type: ignore[arg-type]
-
-    def of(text_is_trained: bool = False, **options: dict[str, Any]) -> list[str]:
-        return prompts_of(Config.model_validate(options), items, text_is_trained)
+    def of(text_is_trained: bool = False, rules: CaptionRules = CaptionRules(), **options: dict[str, Any]) -> list[str]:  # noqa: B008
+        item = Item(Example(Path("a.png"), "a cat, big", (8, 8), "x"), None, False, rules=rules)  # type: ignore[arg-type]
+        return prompts_of(Config.model_validate(options), [item], text_is_trained)
 
     assert of() == ["a cat, big"]
-    assert of(data={"caption_dropout": 0.1}) == ["a cat, big", ""]
-    assert of(data={"shuffle_tags": True}) == []
+    assert of(rules=CaptionRules(dropout=0.1)) == ["a cat, big", ""]
+    assert of(rules=CaptionRules(suffix=", photo")) == ["a cat, big, photo"]
+    assert of(rules=CaptionRules(shuffle=True)) == []
     assert of(True) == of(loss={"prior": 1}) == ["a cat, big", *GENERIC_PROMPTS]
