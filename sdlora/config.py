@@ -123,6 +123,9 @@ class DataOptions(PictureOptions):
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="Whether an unreadable picture ends the run or is skipped and named."
     )
+    max_pixels: PositiveInt = Field(
+        200_000_000, description="Pictures of more pixels are unreadable: each takes 4 bytes a pixel while it is decoded."
+    )
     resolution: int = Field(512, ge=16, le=4096, description="Training size in px: buckets hold at most resolution x resolution pixels.")
     bucket_step: int = Field(64, ge=8, le=256, description="Sides of the aspect-ratio buckets are multiples of this many px.")
     cache: Path | None = Field(

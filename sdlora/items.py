@@ -46,6 +46,7 @@ def find_items(config: Config) -> tuple[list[Item], list[tuple[Path, str]]]:
                 fallback=subset.caption or (options.class_noun if options.regularises else ""),
                 on_bad_image=config.data.on_bad_image,
                 masks=options.masks,
+                max_pixels=config.data.max_pixels,
             )
             items = _placed(found.examples, config, options, options.repeats * subset.repeats)
             (regularising if options.regularises else training).extend(items)

@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from sdlora.data import metadata
 from sdlora.data.captions import PLACEHOLDER, SEPARATORS, apply_trigger, read_caption
-from sdlora.data.images import IMAGE_SUFFIXES, examine
+from sdlora.data.images import IMAGE_SUFFIXES, MAX_PIXELS, examine
 from sdlora.data.metadata import leads_out
 from sdlora.errors import DataError
 
@@ -88,6 +89,7 @@ def find_examples(
     fallback: str = "",
     on_bad_image: Literal["error", "skip"],
     masks: Literal["off", "file", "alpha"] = "off",
+    max_pixels: int = MAX_PIXELS,
 ) -> Found:
     """The examples in `folder` in natural order of their names, each picture decoded once; raises DataError.
 
@@ -122,7 +124,7 @@ def find_examples(
     examples: list[Example] = []
     without_caption: list[Path] = []
     passed_over: dict[Path, Path] = {}  # caption file -> the file that was right instead
-    examined = dict.fromkeys(outside, (LEADS_OUT, "")) | _examine_all([path for path in pictures if path not in outside])
+    examined = dict.fromkeys(outside, (LEADS_OUT, "")) | _examine_all([path for path in pictures if path not in outside], max_pixels)
     for path in pictures:
         size, digest = examined[path]
         if isinstance(size, str):
@@ -157,7 +159,7 @@ def find_examples(
             f" {' or '.join(suffixes)}, or set missing_caption to 'trigger' or 'empty'."
         )
     if masks == "file":
-        examples = _with_masks(examples, mask_files, {_place(path) for path in pictures})
+        examples = _with_masks(examples, mask_files, max_pixels, {_place(path) for path in pictures})
     else:
         skipped += [(path, "a mask; set data.masks = 'file' to use it") for path in mask_files]
     return Found(tuple(examples), tuple(skipped + _left_over(files, suffixes, passed_over)))
@@ -195,7 +197,7 @@ def _masked(mask: Path) -> Path:
     return mask.parent / mask.stem.removesuffix(MASK_SUFFIX)
 
 
-def _with_masks(examples: Sequence[Example], files: Sequence[Path], pictures: Set[Path]) -> list[Example]:
+def _with_masks(examples: Sequence[Example], files: Sequence[Path], max_pixels: int, pictures: Set[Path]) -> list[Example]:
     """Each example with the mask of its name, if there is one; `pictures` are the places of all, unreadable ones too."""
     by_place = {_masked(path): path for path in files}
     strays = by_place.keys() - pictures
@@ -208,7 +210,7 @@ def _with_masks(examples: Sequence[Example], files: Sequence[Path], pictures: Se
         if path is None:
             found.append(example)
             continue
-        size = examine(path)
+        size = examine(path, max_pixels)
         if size != example.size:
             wrong = size if isinstance(size, str) else "it has {}x{} pixels, and the picture {}x{}".format(*size, *example.size)
             raise DataError(f"The mask {path} does not fit {example.path.name}: {wrong}.")
@@ -238,10 +240,10 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
     return parts, path.name
 
 
-def _examine_all(pictures: Sequence[Path]) -> dict[Path, tuple[tuple[int, int] | str, str]]:
+def _examine_all(pictures: Sequence[Path], max_pixels: int) -> dict[Path, tuple[tuple[int, int] | str, str]]:
     """Size (or the reason why the picture cannot be read) and digest of each; Pillow and hashlib let threads run at once."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # each holds a whole picture in memory
-        sizes = dict(zip(pictures, pool.map(examine, pictures), strict=True))
+        sizes = dict(zip(pictures, pool.map(partial(examine, max_pixels=max_pixels), pictures), strict=True))
         readable = [path for path, size in sizes.items() if not isinstance(size, str)]
         digests = dict(zip(readable, pool.map(_digest, readable), strict=True))
     return {path: (size, digests.get(path, "")) for path, size in sizes.items()}

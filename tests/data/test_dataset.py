@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +294,17 @@ def test_kohyas_subfolders_are_sets_with_their_repeats_and_captions(tmp_path: Pa
     }
     picture(tmp_path / "a.png")  # a folder with pictures of its own is one set, and says so of its subfolders
     assert find_subsets(tmp_path) == ([Subset(tmp_path)], [])
+
+
+def test_pictures_above_the_cap_are_refused_by_their_header(tmp_path: Path) -> None:
+    captioned(tmp_path, "cat.png")
+    with pytest.raises(DataError, match=r"6x4 pixels, above data\.max_pixels = 20"):
+        find(tmp_path, max_pixels=20)
+    assert find(tmp_path, max_pixels=24).examples
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    captioned(tmp_path, "cat.png")
+    os.mkfifo(tmp_path / "dog.png")  # to open it would wait for ever
+    found = find(tmp_path, on_bad_image="skip", missing_caption="empty")
+    assert [e.path.name for e in found.examples] == ["cat.png"] and reasons(found) == {"dog.png": "it is not a regular file"}
