@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from sdlora.data.captions import PLACEHOLDER, apply_trigger, read_caption
-from sdlora.data.images import IMAGE_SUFFIXES, examine
+from sdlora.data.images import IMAGE_SUFFIXES, MAX_PIXELS, barred, examine
 from sdlora.errors import DataError
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # in this order under "auto"
@@ -56,6 +56,7 @@ def find_examples(
     trigger: str,
     on_bad_image: Literal["error", "skip"],
     masks: Literal["off", "file", "alpha"] = "off",
+    max_pixels: int = MAX_PIXELS,
 ) -> Found:
     """The examples directly in `folder` in natural order of their names, each picture decoded once; raises DataError.
 
@@ -63,6 +64,8 @@ def find_examples(
     be the picture's. `missing_caption` also covers captions of white space only.
     """
     files, subfolders = _list(folder)
+    unopened = [(path, reason) for path in files if path.suffix.lower() not in IMAGE_SUFFIXES and (reason := barred(path, folder))]
+    files = [path for path in files if path not in dict(unopened)]
     mask_files = [path for path in files if _is_mask(path)]
     files = [path for path in files if not _is_mask(path)]
     pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -73,10 +76,10 @@ def find_examples(
     _refuse_shared_captions(pictures, list(sidecars.values()))
 
     examples: list[Example] = []
-    skipped = [(path, "a subfolder; only the pictures directly in the folder are used") for path in subfolders]
+    skipped = [(path, "a subfolder; only the pictures directly in the folder are used") for path in subfolders] + unopened
     without_caption: list[Path] = []
     used: dict[str, Path] = {}  # stem -> the caption file that was read for it
-    for path, (size, digest) in zip(pictures, _examine_all(pictures), strict=True):
+    for path, (size, digest) in zip(pictures, _examine_all(pictures, folder, max_pixels), strict=True):
         if isinstance(size, str):
             if on_bad_image == "error":
                 raise DataError(f"{path} cannot be read: {size}; repair or remove it, or set on_bad_image to 'skip'.")
@@ -108,7 +111,7 @@ def find_examples(
             f" {' or '.join(suffixes)}, or set missing_caption to 'trigger' or 'empty'."
         )
     if masks == "file":
-        examples = _with_masks(examples, mask_files)
+        examples = _with_masks(examples, mask_files, max_pixels)
     else:
         skipped += [(path, "a mask; set data.masks = 'file' to use it") for path in mask_files]
     return Found(tuple(examples), tuple(skipped + _left_over(files, suffixes, used)))
@@ -118,7 +121,7 @@ def _is_mask(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.stem.endswith(MASK_SUFFIX)
 
 
-def _with_masks(examples: Sequence[Example], files: Sequence[Path]) -> list[Example]:
+def _with_masks(examples: Sequence[Example], files: Sequence[Path], max_pixels: int) -> list[Example]:
     """Each example with the mask of its stem, if there is one."""
     by_stem = {path.stem.removesuffix(MASK_SUFFIX): path for path in files}
     strays = by_stem.keys() - {example.path.stem for example in examples}
@@ -131,7 +134,7 @@ def _with_masks(examples: Sequence[Example], files: Sequence[Path]) -> list[Exam
         if path is None:
             found.append(example)
             continue
-        size = examine(path)
+        size = barred(path, path.parent) or examine(path, max_pixels)
         if size != example.size:
             wrong = size if isinstance(size, str) else "it has {}x{} pixels, and the picture {}x{}".format(*size, *example.size)
             raise DataError(f"The mask {path} does not fit {example.path.name}: {wrong}.")
@@ -161,10 +164,10 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
     return parts, path.name
 
 
-def _examine_all(pictures: Sequence[Path]) -> list[tuple[tuple[int, int] | str, str]]:
+def _examine_all(pictures: Sequence[Path], folder: Path, max_pixels: int) -> list[tuple[tuple[int, int] | str, str]]:
     """Size (or the reason why the picture cannot be read) and digest of each; Pillow and hashlib let threads run at once."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # each holds a whole picture in memory
-        sizes = list(pool.map(examine, pictures))
+        sizes = list(pool.map(lambda path: barred(path, folder) or examine(path, max_pixels), pictures))
         readable = [path for path, size in zip(pictures, sizes, strict=True) if not isinstance(size, str)]
         digests = dict(zip(readable, pool.map(_digest, readable), strict=True))
     return [(size, digests.get(path, "")) for path, size in zip(pictures, sizes, strict=True)]

@@ -2,50 +2,88 @@
 
 import io
 import logging
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from sdlora.errors import DataError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"})
 # Pillow judges by content, not by name: without this list a .png that is PostScript inside would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 # Part of the key of cached latents: raise it when decode() or crop_to() comes to give other pixels for the same file.
-PIXELS_VERSION = 1
+PIXELS_VERSION = 2
+MAX_PIXELS = 200_000_000  # what the largest phone cameras make; 600 MB as RGB
+Image.MAX_IMAGE_PIXELS = None  # `max_pixels` takes the place of Pillow's limit, which would refuse what the option allows
+WHITE = (255, 255, 255)
+# A draft keeps twice the size asked for: libjpeg shrinks by what is nearly a mean over blocks, and Lanczos has the last halving.
+DRAFT_MARGIN = 2
 # What Pillow's decoders raise on damaged files, found by feeding them some.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, ArithmeticError, IndexError, struct.error)
 
 logger = logging.getLogger(__name__)
+
+
+def colour(name: str) -> tuple[int, int, int]:
+    """ "#rrggbb" or a name that Pillow knows -> red, green, blue in 0 .. 255. Raises ValueError."""
+    return ImageColor.getrgb(name)[:3]
+
+
+def barred(path: Path, root: Path) -> str | None:
+    """Why a file of the folder `root` must not be opened, None where it may be: a device or a fifo would never end, and a link may lead
+    to what nobody meant to train on."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        return f"it is a link that leads out of {root}"
+    return None if path.is_file() or not path.exists() else "it is not a regular file"
 
 
 def read_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels of the upright picture, without decoding (but a PNG may hold its EXIF behind the pixels)."""
     try:
-        with Image.open(path, formats=FORMATS) as picture:
-            width, height = picture.size
-            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-            if 5 <= orientation <= 8 and picture.format != "TIFF":  # for TIFF Pillow has turned the size already
-                return height, width
-            return width, height
+        with _opened(path) as picture:
+            return picture.size[::-1] if _lies(picture) else picture.size
     except UNREADABLE as error:
         raise _unreadable(path, _reason(path, error)) from error
 
 
-def decode(path: Path, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """The upright RGB picture, transparent parts over `background`, of an animation the first frame; raises DataError."""
+def decode(
+    path: Path,
+    background: tuple[int, int, int] = WHITE,
+    *,
+    at_least: tuple[int, int] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
+    """The upright RGB picture, transparent parts over `background`, of an animation the first frame; raises DataError.
+
+    With `at_least` (width, height) a far larger JPEG comes out smaller, though not below twice that size, in a fraction of the time.
+    """
     try:
-        return _decode(path, background)
+        with _opened(path, max_pixels) as picture:
+            _load(picture, path, at_least)
+            return _finish(picture, path, background)
     except UNREADABLE as error:
         raise _unreadable(path, _reason(path, error)) from error
 
 
-def examine(path: Path) -> tuple[int, int] | str:
+def examine(path: Path, max_pixels: int | None = MAX_PIXELS) -> tuple[int, int] | str:
     """Width and height of a picture that decodes to its last row, otherwise the reason why it does not."""
     try:
-        return _decode(path, (255, 255, 255)).size
+        with _opened(path, max_pixels) as picture:
+            if picture.format == "PNG":
+                picture.verify()  # its checksums, which decoding passes over; this closes it
+        with _opened(path) as picture:
+            size = _load(picture, path, (1, 1))
+            _finish(picture, path, WHITE)
+            return size
     except UNREADABLE as error:
         return _reason(path, error)
 
@@ -68,9 +106,8 @@ def decode_mask(path: Path, alpha: bool) -> Image.Image:
     if not alpha:
         return decode(path).convert("L")
     try:
-        with Image.open(path, formats=FORMATS) as picture:
-            picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
+        with _opened(path) as picture:
+            _load(picture, path)
             return _split(picture)[1] or Image.new("L", picture.size, 255)
     except UNREADABLE as error:
         raise _unreadable(path, _reason(path, error)) from error
@@ -82,22 +119,91 @@ def mask_to_tensor(mask: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(np.array(small)).float()[None] / 255
 
 
-def _decode(path: Path, background: tuple[int, int, int]) -> Image.Image:
-    with Image.open(path, formats=FORMATS) as picture:
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
-        colour, opacity = _split(picture)
-        rgb = _to_srgb(colour, picture.info.get("icc_profile"), path)
+@contextmanager
+def _opened(path: Path, max_pixels: int | None = None) -> Iterator[ImageFile.ImageFile]:
+    """The picture with its header read and nothing decoded."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")  # to open a fifo waits for its writer
+    with Image.open(path, formats=_formats(path)) as picture:
+        width, height = picture.size
+        if max_pixels is not None and width * height > max_pixels:
+            raise ValueError(f"it has {width}x{height} pixels, above data.max_pixels = {max_pixels} (raise that if you have the memory)")
+        yield picture
+
+
+def _formats(path: Path) -> tuple[str, ...]:
+    """The formats that the file may be in; HEIC is looked for only where the file says that it is."""
+    with path.open("rb") as file:
+        start = file.read(32)  # ISO 14496-12: the size of the first box, "ftyp", the brand, a version, the brands it is compatible with
+    brands = {start[at : at + 4] for at in (8, *range(16, 32, 4))}
+    if start[4:8] != b"ftyp" or brands & {b"avif", b"avis"} or not brands & {b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1"}:
+        return FORMATS
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ValueError("it is HEIC, which needs one more package: pip install 'sdlora[heif]'") from None
+    pillow_heif.register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+def _load(picture: ImageFile.ImageFile, path: Path, at_least: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Decode and set upright, in place; returns the upright size of the whole picture, which a draft of it falls short of."""
+    size = picture.size
+    if at_least is not None and isinstance(picture, JpegImageFile):
+        _shrink(picture, at_least[::-1] if _lies(picture) else at_least)
+    if picture.format == "PNG":
+        _scale_key(picture)
+    picture.load()
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":  # the second picture of a camera's file is a preview or a depth
+        logger.warning("%s: it has several frames, of which the first is used", path)
+    lies = _lies(picture)
+    ImageOps.exif_transpose(picture, in_place=True)
+    return size[::-1] if lies else size
+
+
+def _shrink(picture: JpegImageFile, at_least: tuple[int, int]) -> None:
+    """Have libjpeg decode to a half, a quarter or an eighth. A side that does not divide is padded, and would come out stretched."""
+    width, height = picture.size
+    for scale in (8, 4, 2):
+        small = (width // scale, height // scale)
+        if (
+            small[0] * scale == width
+            and small[1] * scale == height
+            and all(side >= DRAFT_MARGIN * least for side, least in zip(small, at_least, strict=True))
+        ):
+            picture.draft(None, small)
+            return
+
+
+def _lies(picture: Image.Image) -> bool:
+    """Whether EXIF says that width and height are to change places; of a TIFF Pillow has turned the size already."""
+    return picture.format != "TIFF" and 5 <= picture.getexif().get(ExifTags.Base.Orientation, 1) <= 8
+
+
+def _scale_key(picture: ImageFile.ImageFile) -> None:
+    """A PNG's one transparent colour is written in the depth of the file, and Pillow looks for that number among its 8-bit pixels."""
+    key, stored = picture.info.get("transparency"), picture.tile[0].args if picture.tile else None
+    if isinstance(key, tuple) and stored == "RGB;16B":
+        picture.info["transparency"] = tuple(value >> 8 for value in key)  # as Pillow brings 16 bits to 8
+    elif isinstance(key, int) and stored in ("L;2", "L;4"):
+        picture.info["transparency"] = key * {"L;2": 85, "L;4": 17}[stored]  # 255 / 3, 255 / 15
+
+
+def _finish(picture: ImageFile.ImageFile, path: Path, background: tuple[int, int, int]) -> Image.Image:
+    shades, opacity = _split(picture)
+    rgb = _to_srgb(shades, picture.info.get("icc_profile"), path)
     return rgb if opacity is None else Image.composite(rgb, Image.new("RGB", rgb.size, background), opacity)
 
 
-def _split(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+def _split(picture: ImageFile.ImageFile) -> tuple[Image.Image, Image.Image | None]:
     """Colour (L, RGB or CMYK, 8 bits) and opacity (L), which is None where the file has no transparency."""
     if picture.mode.startswith("I;16"):  # convert() would clip: everything above 255 turns white
         values = np.asarray(picture).astype(np.uint32)
-        colour = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 255 * 257
+        if isinstance(picture, TiffImageFile) and picture.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:
+            values = 65535 - values  # white is zero: Pillow turns it round at 8 bits, but not at 16
+        shades = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # 65535 = 255 * 257
         clear = picture.info.get("transparency")
-        return colour, None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+        return shades, None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
     if picture.mode == "F":
         levels = np.asarray(picture)
         if not (levels.min() >= 0 and levels.max() <= 1):  # written so that NaN fails too
@@ -112,18 +218,18 @@ def _split(picture: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return rgba.convert(mode), rgba.getchannel("A")
 
 
-def _to_srgb(colour: Image.Image, icc_profile: bytes | None, path: Path) -> Image.Image:
+def _to_srgb(shades: Image.Image, icc_profile: bytes | None, path: Path) -> Image.Image:
     if icc_profile:
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
-            if profile.profile.xcolor_space.strip() == {"L": "GRAY"}.get(colour.mode, colour.mode):
-                converted = ImageCms.profileToProfile(colour, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if profile.profile.xcolor_space.strip() == {"L": "GRAY"}.get(shades.mode, shades.mode):
+                converted = ImageCms.profileToProfile(shades, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
                 assert converted is not None  # None is for inPlace
                 return converted
             logger.warning("%s: its colour profile is for another kind of picture and is ignored", path)
         except (ImageCms.PyCMSError, OSError) as error:
             logger.warning("%s: its colour profile is damaged and is ignored (%s)", path, error)
-    return colour.convert("RGB")
+    return shades.convert("RGB")
 
 
 def _reason(path: Path, error: Exception) -> str:

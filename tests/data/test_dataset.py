@@ -1,6 +1,7 @@
 """A folder as users have it: what becomes an example, what is left out, and what is said."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,39 @@ def test_masks_that_fit_nothing_are_refused(tmp_path: Path) -> None:
     picture(tmp_path / "cat-masklabel.png", (4, 6))
     with pytest.raises(DataError, match="has 4x6 pixels, and the picture 6x4"):
         find(tmp_path, masks="file")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+@pytest.mark.parametrize("on_bad_image", ["skip", "error"])
+def test_only_regular_files_inside_the_folder_are_opened(tmp_path: Path, on_bad_image: str) -> None:
+    folder, outside = tmp_path / "pictures", tmp_path / "secret"
+    folder.mkdir()
+    outside.mkdir()
+    for path in (folder / "a.png", outside / "b.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    (outside / "words.txt").write_text("not for training")
+    (folder / "linked.png").symlink_to(folder / "a.png")  # within: welcome
+    if on_bad_image == "error":
+        (folder / "b.png").symlink_to(outside / "b.png")
+        with pytest.raises(DataError, match=r"b\.png cannot be read: it is a link that leads out of"):
+            find(folder, on_bad_image="error", missing_caption="empty")
+        return
+    (folder / "b.png").symlink_to(outside / "b.png")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "round.png").symlink_to(folder / "round.png")
+    os.mkfifo(folder / "pipe.png")  # to open either would wait for ever
+    os.mkfifo(folder / "linked.txt")
+    (folder / "a.txt").symlink_to(outside / "words.txt")
+    found = find(folder, on_bad_image="skip", missing_caption="empty")
+    assert captions(found) == {"a.png": "", "linked.png": ""}
+    told = reasons(found)
+    assert "leads out" in told["b.png"] and "leads out" in told["a.txt"]
+    assert "regular" in told["pipe.png"] and "regular" in told["linked.txt"]
+    assert told["gone.png"] == "no such file or directory" and "round.png" in told
+
+
+def test_the_cap_on_pixels_names_its_option(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    assert find(tmp_path, missing_caption="empty", max_pixels=1200).examples
+    with pytest.raises(DataError, match=r"a\.png cannot be read: it has 40x30 pixels, above data\.max_pixels = 1199"):
+        find(tmp_path, missing_caption="empty", max_pixels=1199)
