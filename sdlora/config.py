@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomlkit
+from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
@@ -68,9 +69,26 @@ class DataOptions(Section):
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="Whether an unreadable picture ends the run or is skipped and named."
     )
+    max_pixels: PositiveInt = Field(
+        200_000_000, description="A picture of more pixels than this counts as unreadable, which its header tells before memory is taken."
+    )
+    background: str = Field("white", description="What transparent pictures are laid over: '#rrggbb' or the name of a colour.")
     repeats: PositiveInt = Field(1, description="How often each picture is shown in an epoch.")
     resolution: int = Field(512, ge=16, le=4096, description="Training size in px: buckets hold at most resolution x resolution pixels.")
     bucket_step: int = Field(64, ge=8, le=256, description="Sides of the aspect-ratio buckets are multiples of this many px.")
+    min_side: PositiveInt | None = Field(None, description="Shortest side of a bucket in px; unset: half the resolution.")
+    max_side: PositiveInt | None = Field(None, description="Longest side of a bucket in px; unset: twice the resolution.")
+    resolutions: tuple[Annotated[int, Field(ge=16, le=4096)], ...] = Field(
+        (),
+        description="Several training sizes in place of data.resolution: a picture is shown at each that it fills without being enlarged, "
+        "and in any case at the lowest.",
+    )
+    upscale: bool = Field(
+        True, description="Enlarge a picture that is smaller than its bucket; false: it gets the largest bucket that fits inside it."
+    )
+    crop: Literal["centre", "random"] = Field(
+        "centre", description="What of a picture its bucket shows where the shapes differ: the middle, or each of four places in turn."
+    )
     flip: bool = Field(False, description="Also show each picture mirrored; harms what has a left and a right.")
     caption_dropout: Share = Field(0.0, description="Share of steps at which a picture is shown with the empty caption.")
     shuffle_tags: bool = Field(False, description="Shuffle the comma-separated tags of a caption each time it is shown.")
@@ -80,6 +98,14 @@ class DataOptions(Section):
     def _a_trigger_is_named_where_it_is_used(self) -> Self:
         if self.missing_caption == "trigger" and not self.trigger:
             raise ValueError("data.missing_caption = 'trigger' needs a trigger word: set data.trigger")
+        return self
+
+    @model_validator(mode="after")
+    def _the_background_is_a_colour(self) -> Self:
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            raise ValueError(f"data.background = '{self.background}' is no colour: write '#rrggbb' or a name as in CSS") from None
         return self
 
 

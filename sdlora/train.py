@@ -26,7 +26,7 @@ from sdlora.models.device import DTYPES, pick_device
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
-from sdlora.plan import describe
+from sdlora.plan import describe, write_pictures
 from sdlora.run import Run
 
 MATCH_EVERY = 10  # steps between two looks at matched rates, which move by a percent meanwhile; the first ten are all looked at
@@ -78,6 +78,7 @@ def train(run: Run) -> Iterator[events.Event]:
         per_layer=options.matched,
     )
     average = Average(optimizer.parameters if options.ema else [], options.ema)  # of nothing where it is not asked for
+    write_pictures(run.plan, items, config.data.repeats)
     yield describe(config, model, items, plan, layers)
     yield from warnings(config, skipped, adapted.unmatched, layers)
 

@@ -1,5 +1,6 @@
 """The order of the data: complete, in batches of one bucket, and a function of the seed and the step alone."""
 
+import random
 from collections import Counter
 from itertools import pairwise
 
@@ -21,6 +22,24 @@ def test_an_epoch_has_every_example_as_often_as_asked(repeats: int, batch_size: 
         assert all(1 <= len(batch) <= batch_size for batch in batches)
         short = Counter(BUCKETS[batch[0]] for batch in batches if len(batch) < batch_size)
         assert all(count == 1 for count in short.values())  # one short batch a bucket at most
+
+
+def test_what_holds_for_every_plan() -> None:
+    for case in range(300):
+        rng = random.Random(case)
+        buckets = [rng.choice(["square", "wide", "tall", (8, 16)]) for _ in range(rng.randint(1, 60))]
+        repeats, batch_size, seed = rng.randint(1, 4), rng.randint(1, 9), rng.getrandbits(40)
+        plan, twin = (BatchPlan(buckets, repeats, batch_size, seed) for _ in range(2))
+        steps = list(range(3 * plan.steps_per_epoch))
+        rng.shuffle(steps)
+        drawn = {step: plan.batch(step) for step in steps}
+        for epoch in range(3):
+            batches = [drawn[epoch * plan.steps_per_epoch + position] for position in range(plan.steps_per_epoch)]
+            shown = Counter(index for batch in batches for index in batch)
+            assert shown == dict.fromkeys(range(len(buckets)), repeats)  # exactly as often as asked, and none dropped
+            assert all(len({buckets[index] for index in batch}) == 1 for batch in batches)
+            assert {len(batch) for batch in batches} <= set(range(1, batch_size + 1))
+        assert all(twin.batch(step) == drawn[step] for step in sorted(drawn))  # in another order, by another object
 
 
 def test_steps_per_epoch_by_hand() -> None:
