@@ -16,6 +16,7 @@ from sdlora import optim as optimizers
 from sdlora.adapt import adapt, start_of, text_encoder_rate
 from sdlora.config import Config
 from sdlora.data.batches import BatchPlan
+from sdlora.data.check import check, short
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.export import alpha_quantiles, export
 from sdlora.items import cached_latents, find_items
@@ -80,7 +81,8 @@ def train(run: Run) -> Iterator[events.Event]:
     average = Average(optimizer.parameters if options.ema else [], options.ema)  # of nothing where it is not asked for
     write_pictures(run.plan, items, config.data.repeats)
     yield describe(config, model, items, plan, layers)
-    yield from warnings(config, skipped, adapted.unmatched, layers)
+    found = check([(item.example, item.placed) for item in items], skipped, tokens=lambda text: len(model.tokenizer.tokenize(text)))
+    yield from warnings(config, skipped, short(found), adapted.unmatched, layers)
 
     objective = Objective(config, family, model, items, plan, cached_latents(run.cache, family, model, items), layers)
     step = restore(run, layers, optimizer, average)
@@ -154,10 +156,15 @@ def check_step(config: Config, model: Model) -> None:
 
 
 def warnings(
-    config: Config, skipped: Sequence[tuple[Path, str]], unmatched: Sequence[str], layers: Mapping[str, Adapter]
+    config: Config,
+    skipped: Sequence[tuple[Path, str]],
+    of_data: Iterable[str],
+    unmatched: Sequence[str],
+    layers: Mapping[str, Adapter],
 ) -> Iterator[events.Warned]:
     for path, reason in skipped:
         yield events.Warned(f"Skipped {path.name}: {reason}")
+    yield from map(events.Warned, of_data)
     if unmatched:
         yield events.Warned(
             f"lora.alpha_from has no alpha for {len(unmatched)} of {len(layers)} layers, "
