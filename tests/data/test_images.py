@@ -1,5 +1,6 @@
 """Odd pictures, made on the fly, against the pixels they stand for."""
 
+import contextlib
 import io
 import logging
 import sys
@@ -264,6 +265,19 @@ def test_damage_anywhere_is_a_data_error_or_harmless(tmp_path: Path, suffix: str
         size = examine(path, 100_000)  # any other error would leave it; a broken size shall not cost memory here
         refused += isinstance(size, str)
     assert refused > 0
+
+
+def test_a_png_is_held_to_its_checksums(tmp_path: Path) -> None:
+    path, plain = tmp_path / "a.png", np.full((64, 64, 3), 7, dtype=np.uint8)
+    Image.fromarray(plain).save(path)
+    whole, silent = path.read_bytes(), 0
+    for position in range(whole.index(b"IDAT") + 4, len(whole) - 16):
+        for bit in (1, 16, 128):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
+            assert isinstance(examine(path), str)
+            with contextlib.suppress(DataError):
+                silent += not np.array_equal(pixels_of(decode(path)), plain)
+    assert silent > 30  # decoding alone would have let these through, with other pixels
 
 
 def test_reasons_are_said(tmp_path: Path) -> None:
