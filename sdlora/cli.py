@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ from typing import Any
 
 from sdlora import __version__, config, events
 from sdlora import run as runs
-from sdlora.errors import ConfigError, SdloraError, WeightsError
+from sdlora.errors import ConfigError, DataError, SdloraError, WeightsError
 
 OPTION_HELP = "Any option follows as --section.key VALUE, or --key VALUE where the key is unique: see `sdlora options`."
 
@@ -55,6 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("config", nargs="*", type=Path, help="TOML files, later ones over earlier ones")
     command.set_defaults(call=plan_command)
 
+    command = commands.add_parser("data", help="look at pictures and captions before training")
+    parts = command.add_subparsers(required=True, metavar="COMMAND")
+    command = parts.add_parser(
+        "check",
+        help="show what training would see of a folder; exit code 1 if it would refuse",
+        description="--sheet FILE.png also draws every picture in its bucket. " + OPTION_HELP,
+        allow_abbrev=False,
+    )
+    command.add_argument("source", type=Path, help="folder of pictures, or TOML file")
+    command.set_defaults(call=data_check_command)
+
     command = commands.add_parser("alphas", help="show which layers a LoRA chose to change, by their learned alphas")
     command.add_argument("file", type=Path, help="LoRA file")
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them, a row for each block")
@@ -77,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Options of a training run belong to config.py: argparse sees what stands before them.
     is_option = [word.startswith("--") and word not in ("--help", "--version") for word in words]
-    takes_options = words[:1] in (["train"], ["plan"])
+    takes_options = words[:1] in (["train"], ["plan"]) or words[:2] == ["data", "check"]
     split = is_option.index(True) if takes_options and True in is_option else len(words)
     parsed, rest = parser.parse_known_args(words[:split])
     rest += words[split:]
@@ -194,6 +205,55 @@ def plan_command(parsed: argparse.Namespace) -> int:
     if found.unmatched:
         print(f"Without an alpha in lora.alpha_from, so at lora.alpha: {', '.join(found.unmatched)}")
     return 0
+
+
+def data_check_command(parsed: argparse.Namespace) -> int:
+    """Where training would refuse, its reason comes behind all else that can be said of the folder."""
+    sheets = [Path(value) for name, value in parsed.flags if name == "sheet"]
+    flags = [(name, value) for name, value in parsed.flags if name != "sheet"]
+    if parsed.source.suffix == ".toml":
+        chosen = config.load([parsed.source], flags)
+    else:
+        chosen = config.load([], [("data.folder", str(parsed.source)), *flags])
+    quiet_libraries()
+    from sdlora.data import check
+    from sdlora.data.images import colour
+    from sdlora.items import find_items
+
+    refusal = None
+    try:
+        items, skipped = find_items(chosen)
+    except DataError as error:
+        refusal = str(error)
+        sets = tuple(of.model_copy(update={"missing_caption": "empty"}) for of in chosen.data.sets)
+        lenient = {"on_bad_image": "skip", "missing_caption": "empty", "upscale": True, "sets": sets}
+        try:
+            items, skipped = find_items(chosen.model_copy(update={"data": chosen.data.model_copy(update=lenient)}))
+        except DataError:
+            print(f"Training would refuse: {refusal}")
+            return 1
+    places = [(item.example, item.placed) for item in items]
+    seen = check.looks(list({example.path: None for example, _ in places}))
+    tokenizer = Path(chosen.model.base) / "tokenizer"
+    tokens = token_counter(tokenizer) if tokenizer.is_dir() else check.about_tokens
+    report = check.check(places, skipped, tokens=tokens, max_tokens=chosen.data.max_tokens, seen=seen, refusal=refusal)
+    for line in check.lines(report, about=not tokenizer.is_dir()):
+        print(line)
+    for path in sheets:
+        from sdlora.data.sheet import draw_sheet
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_sheet(places, colour(chosen.data.background)).save(path)
+        print(f"Sheet: {shown(path)}")
+    return 1 if refusal else 0
+
+
+def token_counter(folder: Path) -> Callable[[str], int]:
+    """Tokens of a text without the marks of start and end, by the tokenizer in `folder`."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    return lambda text: len(tokenizer.tokenize(text))
 
 
 def alphas_command(parsed: argparse.Namespace) -> int:

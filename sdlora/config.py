@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomlkit
+from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
@@ -124,10 +125,24 @@ class DataOptions(PictureOptions):
         "error", description="Whether an unreadable picture ends the run or is skipped and named."
     )
     max_pixels: PositiveInt = Field(
-        200_000_000, description="Pictures of more pixels are unreadable: each takes 4 bytes a pixel while it is decoded."
+        200_000_000, description="A picture of more pixels than this counts as unreadable, which its header tells before memory is taken."
     )
+    background: str = Field("white", description="What transparent pictures are laid over: '#rrggbb' or the name of a colour.")
     resolution: int = Field(512, ge=16, le=4096, description="Training size in px: buckets hold at most resolution x resolution pixels.")
     bucket_step: int = Field(64, ge=8, le=256, description="Sides of the aspect-ratio buckets are multiples of this many px.")
+    min_side: PositiveInt | None = Field(None, description="Shortest side of a bucket in px; unset: half the resolution.")
+    max_side: PositiveInt | None = Field(None, description="Longest side of a bucket in px; unset: twice the resolution.")
+    resolutions: tuple[Annotated[int, Field(ge=16, le=4096)], ...] = Field(
+        (),
+        description="Several training sizes in place of data.resolution: a picture is shown at each that it fills without being enlarged, "
+        "and in any case at the lowest.",
+    )
+    upscale: bool = Field(
+        True, description="Enlarge a picture that is smaller than its bucket; false: it gets the largest bucket that fits inside it."
+    )
+    crop: Literal["centre", "random"] = Field(
+        "centre", description="What of a picture its bucket shows where the shapes differ: the middle, or each of four places in turn."
+    )
     cache: Path | None = Field(
         None,
         description="Folder of what is computed once of pictures and captions (latents, prompt embeddings), for all runs; unset: '_cache' "
@@ -156,6 +171,14 @@ class DataOptions(PictureOptions):
         if values["sets"] and "folder" in values:
             raise ValueError(f"data.folder = '{values['folder']}' and data.sets both say where pictures are: leave one of them out")
         return values | {"sets": [_shared(values, one.get("regularises", False)) | one for one in values["sets"]]}
+
+    @model_validator(mode="after")
+    def _the_background_is_a_colour(self) -> Self:
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            raise ValueError(f"data.background = '{self.background}' is no colour: write '#rrggbb' or a name as in CSS") from None
+        return self
 
     @model_validator(mode="after")
     def _every_set_is_whole(self) -> Self:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sdlora.config import Config, SetOptions
-from sdlora.data.buckets import Placed, place
+from sdlora.config import Config, DataOptions, SetOptions
+from sdlora.data import images
+from sdlora.data.buckets import Placed, place_all, random_crops
 from sdlora.data.captions import PLACEHOLDER, CaptionRules
 from sdlora.data.dataset import Example, find_examples, find_subsets
 from sdlora.errors import DataError
@@ -25,6 +26,7 @@ class Item:
     weight: float = 1.0  # of its loss
     regularises: bool = False  # of the class and not of the subject
     rules: CaptionRules = field(default=CaptionRules())
+    background: tuple[int, int, int] = images.WHITE  # behind what is transparent
 
 
 def find_items(config: Config) -> tuple[list[Item], list[tuple[Path, str]]]:
@@ -80,15 +82,24 @@ def _placed(examples: Sequence[Example], config: Config, options: SetOptions, re
     prefix, suffix = (text.replace(PLACEHOLDER, options.trigger) for text in (options.caption_prefix, options.caption_suffix))
     rules = CaptionRules(options.caption_dropout, options.tag_dropout, options.shuffle_tags, options.keep_tags, prefix, suffix)
     return [
-        Item(
-            example,
-            place(example.size, resolution=data.resolution, step=data.bucket_step),
-            mirrored,
-            repeats,
-            weight,
-            options.regularises,
-            rules,
-        )
+        Item(example, placed, mirrored, repeats, weight, options.regularises, rules, images.colour(data.background))
         for example in examples
+        for placed in _places(example, data)
         for mirrored in sides
     ]
+
+
+def _places(example: Example, data: DataOptions) -> list[Placed]:
+    """Every resolution of a picture, and every crop of that. Raises DataError."""
+    try:
+        places = place_all(
+            example.size,
+            data.resolutions or (data.resolution,),
+            step=data.bucket_step,
+            min_side=data.min_side,
+            max_side=data.max_side,
+            upscale=data.upscale,
+        )
+    except DataError as error:
+        raise DataError(f"{example.path}: {error}") from None
+    return places if data.crop == "centre" else [crop for placed in places for crop in random_crops(placed, example.digest)]

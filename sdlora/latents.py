@@ -100,7 +100,7 @@ def latents_key(item: Item, model: Model) -> str:
     """All that the cached latents depend on."""
     mask = item.example.mask
     of_mask = () if mask is None else (mask.digest, mask.alpha)
-    placed = (item.placed.resized, item.placed.crop, item.mirrored)
+    placed = (item.placed.resized, item.placed.crop, item.mirrored, item.background)
     return fingerprint(images.PIXELS_VERSION, item.example.digest, *placed, model.vae_fingerprint, *of_mask)
 
 
@@ -112,7 +112,7 @@ def shown(item: Item) -> Shown:
         return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if item.mirrored else picture
 
     mask = item.example.mask
-    pixels = images.to_tensor(placed(images.decode(item.example.path)))
+    pixels = images.to_tensor(placed(images.decode(item.example.path, item.background, at_least=item.placed.resized)))
     return Shown(pixels, None if mask is None else placed(images.decode_mask(mask.path, mask.alpha)))
 
 

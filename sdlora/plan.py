@@ -1,9 +1,12 @@
-"""What a config will train, layer by layer, and what a run will take: nothing is trained, nothing is written."""
+"""What a config will train, layer by layer, and what a run will take and show: nothing is trained."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -92,6 +95,24 @@ def describe(config: Config, model: Model, items: Sequence[Item], plan: BatchPla
         device=str(model.device),
         base=config.model.base,
     )
+
+
+def write_pictures(path: Path, items: Sequence[Item]) -> None:
+    """What an epoch shows, a row for each way in which it shows a picture, as JSON: sizes in pixels, width before height."""
+    rows = [
+        {
+            "file": str(item.example.path),
+            "size": item.example.size,
+            "bucket": item.placed.bucket,
+            "resized": item.placed.resized,
+            "crop": item.placed.crop,  # left, top, right, bottom
+            "mirrored": item.mirrored,
+            "regularises": item.regularises,
+            "repeats": count * item.repeats,
+        }
+        for item, count in Counter(items).items()
+    ]
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
 
 
 def estimate_memory(config: Config, model: Model, trainable: int, bucket: tuple[int, int]) -> int:

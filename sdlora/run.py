@@ -15,7 +15,7 @@ CACHE = "_cache"
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with config.toml, events.jsonl, run.log, previews/, checkpoints/, and `stop` when it is asked to stop."""
+    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, and `stop` when it is asked to stop."""
 
     folder: Path
 
@@ -26,6 +26,10 @@ class Run:
     @property
     def events(self) -> Path:
         return self.folder / "events.jsonl"
+
+    @property
+    def plan(self) -> Path:
+        return self.folder / "plan.json"
 
     @property
     def log(self) -> Path:

@@ -18,6 +18,7 @@ from sdlora.config import Config
 from sdlora.data.batches import BatchPlan
 from sdlora.data.cache import TensorCache
 from sdlora.data.captions import fixed_caption
+from sdlora.data.check import check, short
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.export import alpha_quantiles, export
 from sdlora.items import find_items
@@ -28,7 +29,7 @@ from sdlora.models.device import set_aside
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
-from sdlora.plan import describe
+from sdlora.plan import describe, write_pictures
 from sdlora.prompts import BasePrompts
 from sdlora.run import Run
 
@@ -86,8 +87,15 @@ def train(run: Run) -> Iterator[events.Event]:
         per_layer=options.matched,
     )
     average = Average(optimizer.parameters if options.ema else [], options.ema)  # of nothing where it is not asked for
+    write_pictures(run.plan, items)
     yield describe(config, model, items, plan, layers)
-    yield from warnings(config, skipped, adapted.unmatched, layers)
+    found = check(
+        [(item.example, item.placed) for item in items],
+        skipped,
+        tokens=lambda text: len(model.tokenizer.tokenize(text)),
+        max_tokens=config.data.max_tokens,
+    )
+    yield from warnings(config, skipped, short(found), adapted.unmatched, layers)
 
     of_base = BasePrompts(of_prompts, family, model, layers.values())
     yield from until_stopped(run, latents.fill())
@@ -178,10 +186,15 @@ def check_step(config: Config, model: Model) -> None:
 
 
 def warnings(
-    config: Config, skipped: Sequence[tuple[Path, str]], unmatched: Sequence[str], layers: Mapping[str, Adapter]
+    config: Config,
+    skipped: Sequence[tuple[Path, str]],
+    of_data: Iterable[str],
+    unmatched: Sequence[str],
+    layers: Mapping[str, Adapter],
 ) -> Iterator[events.Warned]:
     for path, reason in skipped:
         yield events.Warned(f"Skipped {path.name}: {reason}")
+    yield from map(events.Warned, of_data)
     if unmatched:
         yield events.Warned(
             f"lora.alpha_from has no alpha for {len(unmatched)} of {len(layers)} layers, "

@@ -164,3 +164,9 @@ def test_presets_load() -> None:
     assert presets
     for preset in presets:
         load([preset])
+
+
+def test_a_background_is_a_colour() -> None:
+    assert load([], [("background", "#102030")]).data.background == "#102030"
+    with pytest.raises(ConfigError, match=r"data\.background = 'no colour'.*#rrggbb"):
+        load([], [("background", "no colour")])

@@ -1,14 +1,18 @@
 """The plan's table: what it says of layers, rates and shares is what training does."""
 
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tiny import build_model
 
 from sdlora import config as configs
 from sdlora.cli import main
+from sdlora.errors import DataError
+from sdlora.items import find_items
 from sdlora.lora import formats
-from sdlora.plan import plan
+from sdlora.plan import plan, write_pictures
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +60,48 @@ def test_the_command_prints_it(base: Path, capsys: pytest.CaptureFixture[str]) -
     assert "rank" in capsys.readouterr().err
 
 
-def test_alphas_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import json
+def test_the_pictures_of_an_epoch_are_written_down(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, size in (("a", (96, 64)), ("b", (32, 32))):
+        Image.new("RGB", size).save(folder / f"{name}.png")
+    flags = {"data.folder": folder, "missing_caption": "empty", "resolutions": "[32, 64]", "bucket_step": 8, "flip": "true", "repeats": 3}
+    chosen = configs.load([], [(name, str(value)) for name, value in flags.items()])
+    items, _ = find_items(chosen)
+    write_pictures(tmp_path / "plan.json", items)
+    rows = json.loads((tmp_path / "plan.json").read_text())
+    assert len(rows) == len(items) == 2 * 2 + 2  # `a` at both resolutions, `b` fills the lower only, each with its mirror image
+    assert rows[0] == {
+        "file": str(folder / "a.png"),
+        "size": [96, 64],
+        "bucket": [40, 24],
+        "resized": [40, 27],
+        "crop": [0, 1, 40, 25],
+        "mirrored": False,
+        "regularises": False,
+        "repeats": 3,
+    }
+    write_pictures(tmp_path / "plan.json", [items[0], items[0]])
+    assert [row["repeats"] for row in json.loads((tmp_path / "plan.json").read_text())] == [6]
 
+
+def test_random_crops_are_items_of_their_own(tmp_path: Path) -> None:
+    Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
+    flags = {"data.folder": tmp_path, "missing_caption": "empty", "resolution": 32, "bucket_step": 8, "crop": "random"}
+    items, _ = find_items(configs.load([], [(name, str(value)) for name, value in flags.items()]))
+    assert len(items) == 4 and len({item.placed.crop for item in items}) > 1
+    again, _ = find_items(configs.load([], [(name, str(value)) for name, value in (flags | {"seed": 9}).items()]))
+    assert items == again
+
+
+def test_what_is_too_small_for_any_bucket_is_named(tmp_path: Path) -> None:
+    Image.new("RGB", (96, 7)).save(tmp_path / "thin.png")
+    flags = {"data.folder": tmp_path, "missing_caption": "empty", "resolution": 32, "bucket_step": 8, "upscale": "false"}
+    with pytest.raises(DataError, match=r"thin\.png.*96x7"):
+        find_items(configs.load([], [(name, str(value)) for name, value in flags.items()]))
+
+
+def test_alphas_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     from sdlora.lora.change import Change, Factors

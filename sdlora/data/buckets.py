@@ -4,10 +4,14 @@ The idea is NovelAI's (Aspect Ratio Bucketing, 2022); a batch is drawn from one 
 """
 
 import math
-from dataclasses import dataclass
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 from sdlora.errors import ConfigError, DataError
+
+RANDOM_CROPS = 4  # of a picture: each has its latents in the cache, so there must be an end to them
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,36 @@ def place(
         resized = (_divide(width * bucket[1], height), bucket[1])
     left, top = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
     return Placed(bucket, resized, (left, top, left + bucket[0], top + bucket[1]))
+
+
+def place_all(
+    size: tuple[int, int],
+    resolutions: Sequence[int],
+    *,
+    step: int = 64,
+    min_side: int | None = None,
+    max_side: int | None = None,
+    upscale: bool = True,
+) -> list[Placed]:
+    """The picture at every resolution whose bucket it fills without being enlarged, and in any case at the lowest; low ones first."""
+    low, *high = sorted(set(resolutions))
+    lowest = place(size, resolution=low, step=step, min_side=min_side, max_side=max_side, upscale=upscale)
+    higher = [place(size, resolution=resolution, step=step, min_side=min_side, max_side=max_side) for resolution in high]
+    return [lowest, *(placed for placed in higher if enlargement(size, placed) <= 1)]
+
+
+def enlargement(size: tuple[int, int], placed: Placed) -> float:
+    """By how much a picture of `size` is scaled up, or down where it is below 1."""
+    return max(placed.resized[0] / size[0], placed.resized[1] / size[1])
+
+
+def random_crops(placed: Placed, seed: str) -> list[Placed]:
+    """RANDOM_CROPS windows, drawn evenly from all that fit. Always as many, alike where there is no room, so that every picture counts
+    the same; on a seed that follows from the picture, so that another run finds them in its cache."""
+    rng = random.Random(f"crop/{seed}")  # random() keeps its sequence between versions of Python; randrange() need not
+    room = (placed.resized[0] - placed.bucket[0] + 1, placed.resized[1] - placed.bucket[1] + 1)
+    corners = [(int(rng.random() * room[0]), int(rng.random() * room[1])) for _ in range(RANDOM_CROPS)]
+    return [replace(placed, crop=(left, top, left + placed.bucket[0], top + placed.bucket[1])) for left, top in corners]
 
 
 def _distance(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[float, int]:

@@ -109,7 +109,9 @@ def find_examples(
     skipped += [(path, "a subfolder; only the pictures directly in the folder are used") for path in subfolders if path not in within]
     outside = {path for path in files if leads_out(path, folder)}
     skipped += [(path, LEADS_OUT) for path in files if path in outside and not _is_picture(path)]
-    files = [path for path in files if _is_picture(path) or path not in outside]
+    pipes = {path for path in files if not _is_picture(path) and path.exists() and not path.is_file()}  # to open one would wait for ever
+    skipped += [(path, "it is not a regular file") for path in files if path in pipes]
+    files = [path for path in files if _is_picture(path) or path not in outside | pipes]
     if table:
         files.remove(table.path)
     mask_files = [path for path in files if _is_mask(path)]

@@ -3,13 +3,14 @@
 import io
 import logging
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
@@ -23,12 +24,17 @@ PIXELS_VERSION = 2
 MAX_PIXELS = 200_000_000  # what the largest phone cameras make; 600 MB as RGB
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` takes the place of Pillow's limit, which would refuse what the option allows
 WHITE = (255, 255, 255)
-# libjpeg scales in the frequency domain and blurs what lies near its new limit; Lanczos, with a halving left to do, passes none of that.
+# A draft keeps twice the size asked for: libjpeg shrinks by what is nearly a mean over blocks, and Lanczos has the last halving.
 DRAFT_MARGIN = 2
 # What Pillow's decoders raise on damaged files, found by feeding them some.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, ArithmeticError, IndexError, struct.error)
 
 logger = logging.getLogger(__name__)
+
+
+def colour(name: str) -> tuple[int, int, int]:
+    """ "#rrggbb" or a name that Pillow knows -> red, green, blue in 0 .. 255. Raises ValueError."""
+    return ImageColor.getrgb(name)[:3]
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -135,8 +141,7 @@ def _load(picture: ImageFile.ImageFile, path: Path, at_least: tuple[int, int] | 
     """Decode and set upright, in place; returns the upright size of the whole picture, which a draft of it falls short of."""
     size = picture.size
     if at_least is not None and isinstance(picture, JpegImageFile):
-        width, height = at_least[::-1] if _lies(picture) else at_least
-        picture.draft(None, (DRAFT_MARGIN * width, DRAFT_MARGIN * height))
+        _shrink(picture, at_least[::-1] if _lies(picture) else at_least)
     if picture.format == "PNG":
         _scale_key(picture)
     picture.load()
@@ -145,6 +150,20 @@ def _load(picture: ImageFile.ImageFile, path: Path, at_least: tuple[int, int] | 
     lies = _lies(picture)
     ImageOps.exif_transpose(picture, in_place=True)
     return size[::-1] if lies else size
+
+
+def _shrink(picture: JpegImageFile, at_least: tuple[int, int]) -> None:
+    """Have libjpeg decode to a half, a quarter or an eighth. A side that does not divide is padded, and would come out stretched."""
+    width, height = picture.size
+    for scale in (8, 4, 2):
+        small = (width // scale, height // scale)
+        if (
+            small[0] * scale == width
+            and small[1] * scale == height
+            and all(side >= DRAFT_MARGIN * least for side, least in zip(small, at_least, strict=True))
+        ):
+            picture.draft(None, small)
+            return
 
 
 def _lies(picture: Image.Image) -> bool:

@@ -1,5 +1,6 @@
 """The order of the data: complete, in batches of one bucket, and a function of the seed and the step alone."""
 
+import random
 from collections import Counter
 from itertools import pairwise
 
@@ -47,6 +48,22 @@ def test_what_is_shown_seldom_comes_evenly_and_no_set_ends_before_another() -> N
     assert [len(shown) for shown in passes] == [15] * 4
     shown = [[index in members for members in spread(range(3), [8, 4, 2])] for index in range(3)]
     assert shown == [[True] * 8, [False, True] * 4, [False, False, False, True] * 2]
+def test_what_holds_for_every_plan() -> None:
+    for case in range(300):
+        rng = random.Random(case)
+        buckets = [rng.choice(["square", "wide", "tall", (8, 16)]) for _ in range(rng.randint(1, 60))]
+        repeats, batch_size, seed = rng.randint(1, 4), rng.randint(1, 9), rng.getrandbits(40)
+        plan, twin = (BatchPlan(buckets, [repeats] * len(buckets), batch_size, seed) for _ in range(2))
+        steps = list(range(3 * plan.steps_per_epoch))
+        rng.shuffle(steps)
+        drawn = {step: plan.batch(step) for step in steps}
+        for epoch in range(3):
+            batches = [drawn[epoch * plan.steps_per_epoch + position] for position in range(plan.steps_per_epoch)]
+            shown = Counter(index for batch in batches for index in batch)
+            assert shown == dict.fromkeys(range(len(buckets)), repeats)  # exactly as often as asked, and none dropped
+            assert all(len({buckets[index] for index in batch}) == 1 for batch in batches)
+            assert {len(batch) for batch in batches} <= set(range(1, batch_size + 1))
+        assert all(twin.batch(step) == drawn[step] for step in sorted(drawn))  # in another order, by another object
 
 
 def test_steps_per_epoch_by_hand() -> None:

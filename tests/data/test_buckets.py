@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sdlora.data.buckets import Placed, bucket_sizes, place
+from sdlora.data.buckets import RANDOM_CROPS, Placed, bucket_sizes, enlargement, place, place_all, random_crops
 from sdlora.errors import ConfigError, DataError
 
 
@@ -92,3 +92,31 @@ def test_every_picture_is_covered_and_none_distorted(resolution: int, step: int,
             assert turned.bucket == bucket[::-1] and turned.resized == resized[::-1]
         else:
             assert resized[0] <= width and resized[1] <= height
+
+
+def test_several_resolutions_by_hand() -> None:
+    sizes = {(1024, 1024): [512, 768, 1024], (1000, 1000): [512, 768], (500, 1300): [512, 768], (300, 300): [512]}
+    for size, expected in sizes.items():
+        found = place_all(size, [1024, 512, 768, 512])
+        assert [placed.bucket for placed in found] == [place(size, resolution=resolution).bucket for resolution in expected]
+    assert place_all((300, 200), [512, 768], upscale=False) == [place((300, 200), resolution=512, upscale=False)]
+    assert enlargement((300, 200), place((300, 200), resolution=512)) == 427 / 200  # in the height, which is rounded up
+    assert enlargement((1280, 768), place((1280, 768), resolution=512)) == 0.5
+
+
+def test_random_crops_lie_anywhere_inside_and_are_the_same_every_time() -> None:
+    wide = place((3000, 2000), resolution=512)  # room: 640x427 for 640x384
+    corners = set()
+    for number in range(200):
+        crops = random_crops(wide, str(number))
+        assert crops == random_crops(wide, str(number)) and len(crops) == RANDOM_CROPS
+        for placed in crops:
+            left, top, right, bottom = placed.crop
+            assert (placed.bucket, placed.resized) == (wide.bucket, wide.resized)
+            assert left == 0 and right == 640 and top >= 0 and bottom == top + 384 <= 427
+            corners.add(top)
+    assert corners == set(range(44))  # both edges are reached
+    square = place((512, 512), resolution=512)
+    assert random_crops(square, "a") == [square] * RANDOM_CROPS  # no room: alike, and as many
+    # Another draw here would make every cache stale: int(44 * random()) for random.Random("crop/a").
+    assert [placed.crop[1] for placed in random_crops(wide, "a")] == [26, 24, 5, 7]

@@ -296,15 +296,37 @@ def test_kohyas_subfolders_are_sets_with_their_repeats_and_captions(tmp_path: Pa
     assert find_subsets(tmp_path) == ([Subset(tmp_path)], [])
 
 
-def test_pictures_above_the_cap_are_refused_by_their_header(tmp_path: Path) -> None:
-    captioned(tmp_path, "cat.png")
-    with pytest.raises(DataError, match=r"6x4 pixels, above data\.max_pixels = 20"):
-        find(tmp_path, max_pixels=20)
-    assert find(tmp_path, max_pixels=24).examples
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+@pytest.mark.parametrize("on_bad_image", ["skip", "error"])
+def test_only_regular_files_inside_the_folder_are_opened(tmp_path: Path, on_bad_image: str) -> None:
+    folder, outside = tmp_path / "pictures", tmp_path / "secret"
+    folder.mkdir()
+    outside.mkdir()
+    for path in (folder / "a.png", outside / "b.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    (outside / "words.txt").write_text("not for training")
+    (folder / "linked.png").symlink_to(folder / "a.png")  # within: welcome
+    if on_bad_image == "error":
+        (folder / "b.png").symlink_to(outside / "b.png")
+        with pytest.raises(DataError, match=r"b\.png cannot be read: it is a link that leads out of"):
+            find(folder, on_bad_image="error", missing_caption="empty")
+        return
+    (folder / "b.png").symlink_to(outside / "b.png")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "round.png").symlink_to(folder / "round.png")
+    os.mkfifo(folder / "pipe.png")  # to open either would wait for ever
+    os.mkfifo(folder / "linked.txt")
+    (folder / "a.txt").symlink_to(outside / "words.txt")
+    found = find(folder, on_bad_image="skip", missing_caption="empty")
+    assert captions(found) == {"a.png": "", "linked.png": ""}
+    told = reasons(found)
+    assert "leads out" in told["b.png"] and "leads out" in told["a.txt"]
+    assert "regular" in told["pipe.png"] and "regular" in told["linked.txt"]
+    assert told["gone.png"] == "no such file or directory" and "round.png" in told
 
 
-def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
-    captioned(tmp_path, "cat.png")
-    os.mkfifo(tmp_path / "dog.png")  # to open it would wait for ever
-    found = find(tmp_path, on_bad_image="skip", missing_caption="empty")
-    assert [e.path.name for e in found.examples] == ["cat.png"] and reasons(found) == {"dog.png": "it is not a regular file"}
+def test_the_cap_on_pixels_names_its_option(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    assert find(tmp_path, missing_caption="empty", max_pixels=1200).examples
+    with pytest.raises(DataError, match=r"a\.png cannot be read: it has 40x30 pixels, above data\.max_pixels = 1199"):
+        find(tmp_path, missing_caption="empty", max_pixels=1199)

@@ -1,8 +1,11 @@
 """Odd pictures, made on the fly, against the pixels they stand for."""
 
+import contextlib
 import io
 import logging
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from sdlora.data.images import crop_to, decode, decode_mask, examine, mask_to_tensor, read_size, to_tensor
+from sdlora.data.images import colour, crop_to, decode, decode_mask, examine, mask_to_tensor, read_size, to_tensor
 from sdlora.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -264,6 +267,19 @@ def test_damage_anywhere_is_a_data_error_or_harmless(tmp_path: Path, suffix: str
     assert refused > 0
 
 
+def test_a_png_is_held_to_its_checksums(tmp_path: Path) -> None:
+    path, plain = tmp_path / "a.png", np.full((64, 64, 3), 7, dtype=np.uint8)
+    Image.fromarray(plain).save(path)
+    whole, silent = path.read_bytes(), 0
+    for position in range(whole.index(b"IDAT") + 4, len(whole) - 16):
+        for bit in (1, 16, 128):
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
+            assert isinstance(examine(path), str)
+            with contextlib.suppress(DataError):
+                silent += not np.array_equal(pixels_of(decode(path)), plain)
+    assert silent > 30  # decoding alone would have let these through, with other pixels
+
+
 def test_reasons_are_said(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "page.jpg").write_text("<!doctype html><title>403 Forbidden</title>")
@@ -282,6 +298,96 @@ def test_the_size_is_read_without_the_pixels(tmp_path: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 200, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:2000])
     assert read_size(path) == (200, 300)
+
+
+def test_the_cap_is_read_from_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 200, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])  # to decode would be to find that the rest is missing
+    assert "200x300 pixels, above data.max_pixels = 59999" in str(examine(path, 59_999))
+    assert "truncated" in str(examine(path, 60_000))
+    with pytest.raises(DataError, match=r"a\.jpg cannot be read: it has 200x300 pixels"):
+        decode(path, max_pixels=59_999)
+
+
+def test_the_cap_may_lie_above_pillow_s_own(tmp_path: Path) -> None:
+    Image.new("1", (20_000, 9_500)).save(tmp_path / "a.png")  # 190 million; Pillow's own refuses 179
+    assert read_size(tmp_path / "a.png") == (20_000, 9_500)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    assert examine(tmp_path / "folder.png") == "it is not a regular file"
+    with pytest.raises(DataError, match=r"folder\.png cannot be read: it is not a regular file"):
+        decode(tmp_path / "folder.png")
+
+
+def test_heic_is_opened_by_its_package_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, calls = ModuleType("pillow_heif"), []
+    package.register_heif_opener = lambda: calls.append(1)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    monkeypatch.setitem(Image.OPEN, "HEIF", (lambda file, name: Image.open(io.BytesIO(bmp)), lambda start: start[4:12] == b"ftypheic"))
+    bmp = io.BytesIO()
+    Image.fromarray(gradient()).save(bmp, "bmp")
+    bmp = bmp.getvalue()
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    assert np.array_equal(pixels_of(decode(tmp_path / "a.heic")), gradient())
+    assert calls
+    calls.clear()
+    Image.fromarray(gradient()).save(tmp_path / "a.avif")
+    decode(tmp_path / "a.avif")
+    assert not calls
+
+
+def test_colours_by_name_and_number() -> None:
+    assert colour("#0a14ff") == (10, 20, 255) and colour("white") == (255, 255, 255)
+    with pytest.raises(ValueError):
+        colour("no colour")
+
+
+# ---------------------------------------------------------------- drafts
+
+
+def natural(width: int, height: int) -> Pixels:
+    """A picture with as much detail at every scale (spectrum 1 / f, as photographs have), and hard edges."""
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height))) + 1 / width
+    noise = np.fft.ifft2(np.fft.fft2(rng.normal(size=(height, width))) / frequency).real
+    levels = 128 + 50 * noise / noise.std()
+    levels[height // 3 : height // 2, width // 4 : width // 2] = 255
+    return np.stack([levels, levels[:, ::-1], 255 - levels], axis=-1).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("target", [(120, 80), (150, 100)])
+def test_a_draft_ends_in_the_pixels_of_the_whole(tmp_path: Path, orientation: int, progressive: bool, target: tuple[int, int]) -> None:
+    path = tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(TURNS[orientation](natural(1200, 800)))).save(path, quality=95, exif=exif, progressive=progressive)
+    whole, draft = decode(path), decode(path, at_least=target)
+    assert draft.size == (300, 200)  # a quarter: an eighth would be below twice the target
+    reference = pixels_of(crop_to(whole, target, (0, 0, *target)))
+    difference = np.abs(pixels_of(crop_to(draft, target, (0, 0, *target))) - reference)
+    # As near as Pillow's own short cut, a mean over blocks down to twice the target and then Lanczos: 1.1 levels, 8 at hard edges.
+    short_cut = np.abs(pixels_of(whole.resize(target, Image.Resampling.LANCZOS, reducing_gap=2.0)) - reference)
+    assert 0.5 < short_cut.mean() < 1.5
+    assert difference.mean() <= 1.25 * short_cut.mean() and difference.max() <= 12
+    shifted = np.abs(np.roll(reference, 1, axis=1) - reference)
+    assert shifted.mean() > 10 * difference.mean()  # the bound would not let a shift of a tenth of a pixel pass
+    assert examine(path) == read_size(path) == (1200, 800)
+
+
+def test_no_draft_where_it_would_fall_short_or_stretch(tmp_path: Path) -> None:
+    Image.fromarray(natural(400, 300)).save(tmp_path / "a.jpg")
+    assert decode(tmp_path / "a.jpg", at_least=(101, 75)).size == (400, 300)
+    assert decode(tmp_path / "a.jpg", at_least=(100, 75)).size == (200, 150)
+    assert decode(tmp_path / "a.jpg", at_least=(900, 900)).size == (400, 300)
+    Image.fromarray(natural(401, 300)).save(tmp_path / "odd.jpg")
+    assert decode(tmp_path / "odd.jpg", at_least=(10, 10)).size == (401, 300)
+    Image.fromarray(natural(400, 300)).save(tmp_path / "a.png")
+    assert decode(tmp_path / "a.png", at_least=(10, 10)).size == (400, 300)
 
 
 # ---------------------------------------------------------------- to the VAE
