@@ -80,9 +80,10 @@ def _placed(examples: Sequence[Example], config: Config, options: SetOptions, re
     data, sides = config.data, (False, True) if options.flip else (False,)
     weight = options.weight * (config.loss.regularisation if options.regularises else 1.0)
     prefix, suffix = (text.replace(PLACEHOLDER, options.trigger) for text in (options.caption_prefix, options.caption_suffix))
+    background = images.colour(data.background)
     rules = CaptionRules(options.caption_dropout, options.tag_dropout, options.shuffle_tags, options.keep_tags, prefix, suffix)
     return [
-        Item(example, placed, mirrored, repeats, weight, options.regularises, rules, images.colour(data.background))
+        Item(example, placed, mirrored, repeats, weight, options.regularises, rules, background)
         for example in examples
         for placed in _places(example, data)
         for mirrored in sides

@@ -45,12 +45,13 @@ class Latents(Sequence[Posterior]):
 
     def __init__(self, cache: TensorCache, family: Family, model: Model, items: Sequence[Item]) -> None:
         self._cache, self._family, self._model, self._items = cache, family, model, items
+        self._keys = [latents_key(item, model) for item in items]
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __getitem__(self, index: int) -> Posterior:  # type: ignore[override]  # slices would read what nobody asked for
-        key = latents_key(self._items[index], self._model)
+        key = self._keys[index]
         entry = self._cache.get(key)
         if entry is None:
             (entry,) = self._encode([self._items[index]], [shown(self._items[index])])
@@ -64,8 +65,8 @@ class Latents(Sequence[Posterior]):
         What is computed is on disk every FLUSH_EVERY pictures, and when the iterator is closed. Raises DataError for a picture whose
         latents are not finite.
         """
-        items = self._items if indices is None else [self._items[index] for index in indices]
-        wanted = {latents_key(item, self._model): item for item in items}  # an item that is there twice is computed once
+        chosen = range(len(self._items)) if indices is None else indices
+        wanted = {self._keys[index]: self._items[index] for index in chosen}  # an item that is there twice is computed once
         missing = {key: item for key, item in wanted.items() if key not in self._cache}
         done, unsaved = len(wanted) - len(missing), 0
         try:

@@ -83,9 +83,9 @@ class Objective:
         loss, batch = self.config.loss, step * self.config.train.accumulation + part
         self._set_dropout(batch)
         indices = self.plan.batch(batch)
-        captions, prompt_embeds = self.captions(step, part), None
-        drift, worst, terms = 0.0, 0.0, []
+        prompt_embeds, drift, worst, terms = None, 0.0, 0.0, []
         if self.trains_text:
+            captions = self.captions(step, part)
             with torch.set_grad_enabled(not text_rests):
                 prompt_embeds = self.family.encode_prompts(self.model, captions)
             norms, wanted = embedding_norms(prompt_embeds, loss.embedding_norm_order), self.base_norms(captions)
@@ -127,13 +127,14 @@ class Objective:
         noise_seeds, timestep_seeds = (self._seeds(step, part, purpose) for purpose in ("noise", "timestep"))
         samples = self._first(step, config.train.accumulation)  # that the step really has: the last batch of a bucket may be short
         timesteps = stratified(timestep_seeds, first, samples, self.distribution).to(self.model.device)
-        clean, noise, seen_noise = latents_and_noise([self.latents[index] for index in indices], noise_seeds, config.loss)
+        posteriors = [self.latents[index] for index in indices]  # read from disk: once
+        clean, noise, seen_noise = latents_and_noise(posteriors, noise_seeds, config.loss)
         clean, noise, seen_noise = (tensor.to(self.model.device) for tensor in (clean, noise, seen_noise))
         embeds = self.of_base(self.captions(step, part)) if prompt_embeds is None else prompt_embeds
         predicted = self.family.predict(self.model, self.schedule.add_noise(clean, seen_noise, timesteps), timesteps, embeds)
         weight, width = weight_and_width(self.schedule, timesteps, config.loss)
         weight = weight * torch.tensor([self.items[index].weight for index in indices], device=weight.device)
-        return denoising_loss(predicted, self.schedule.target(clean, noise, timesteps), weight, width, self._masks(indices))
+        return denoising_loss(predicted, self.schedule.target(clean, noise, timesteps), weight, width, self._masks(posteriors))
 
     @torch.no_grad()
     def pinned_drift(self) -> float | None:
@@ -188,13 +189,12 @@ class Objective:
         """Which tokens are not padding: (B, T) bool."""
         return self.family.token_masks(self.model, captions).to(self.model.device)
 
-    def _masks(self, indices: Sequence[int]) -> Tensor | None:
+    def _masks(self, posteriors: Sequence[Posterior]) -> Tensor | None:
         """Weight of each latent pixel, (B, 1, h, w); None where no picture of the batch has a mask."""
-        masks = [self.latents[index].mask for index in indices]
-        if all(mask is None for mask in masks):
+        if all(posterior.mask is None for posterior in posteriors):
             return None
-        like, rest = self.latents[indices[0]].mean[:1], self.config.loss.unmasked
-        shown = torch.stack([torch.ones_like(like) if mask is None else mask for mask in masks])
+        like, rest = posteriors[0].mean[:1], self.config.loss.unmasked
+        shown = torch.stack([torch.ones_like(like) if posterior.mask is None else posterior.mask for posterior in posteriors])
         return (rest + (1 - rest) * shown).to(self.model.device)
 
     def _set_dropout(self, batch: int) -> None:
