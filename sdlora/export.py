@@ -47,11 +47,11 @@ def as_asked(layers: Mapping[str, Adapter], options: OutputOptions) -> tuple[dic
             factors, error = truncate(change, base.detach(), options.largest_rank)
             changes[name], worst = Change(factors), max(worst, (error, name))
             # orthogonal parts of one matrix: squares of their norms add up
-            whole = float(factors.delta().square().sum()) / max(1 - error**2, 1e-30)
+            whole = factors.norm() ** 2 / max(1 - error**2, 1e-30)
             lost += whole * error**2
         else:
             assert change.factors is not None
-            whole = float(change.factors.delta().square().sum())
+            whole = change.factors.norm() ** 2
         total += whole
     return changes, math.sqrt(lost / total) if total else 0.0, worst[1]
 

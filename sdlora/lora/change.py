@@ -22,6 +22,17 @@ class Factors(NamedTuple):
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
         return (self.alpha / self.down.shape[0] * product).view(self.up.shape[0], *self.down.shape[1:])
 
+    def norm(self) -> float:
+        """Frobenius norm of the delta."""
+        return abs(self.alpha / self.down.shape[0]) * float(product_norm(self.up.double(), self.down.double()))
+
+
+def product_norm(up: Tensor, down: Tensor) -> Tensor:
+    """Frobenius norm of up @ down, of matrices (O, R) and (R, I) or convolutions of these: |up down|^2 = trace(up^T up down down^T), so
+    that no (O, I) matrix is made."""
+    up, down = up.flatten(1), down.flatten(1)
+    return ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+
 
 @dataclass(frozen=True)
 class Change:

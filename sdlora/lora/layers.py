@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdlora.lora.change import Change, Factors, input_norms
+from sdlora.lora.change import Change, Factors, input_norms, product_norm
 from sdlora.lora.inits import Start
 
 
@@ -209,9 +209,7 @@ class LoraLayer(Adapter):
     @torch.no_grad()
     def limit_norm(self, most: float) -> None:
         """Scale the matrices down where the Frobenius norm of scale * up @ down exceeds `most` (kohya's scale_weight_norms)."""
-        up, down = self.up.flatten(1), self.down.flatten(1)
-        # |up down|^2 = trace(up^T up down down^T): matrices of R x R only
-        norm = self.scale.abs() * ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+        norm = self.scale.abs() * product_norm(self.up, self.down)
         ratio = (most / norm.clamp(min=most)).sqrt()
         self.up.mul_(ratio if self.down.requires_grad else ratio.square())
         if self.down.requires_grad:

@@ -24,6 +24,14 @@ def test_deltas_by_hand() -> None:
     assert not dora.is_plain and Change(factors).is_plain and not Change(factors, bias=torch.ones(2)).is_plain
 
 
+@pytest.mark.parametrize("shape", [(12, 8), (6, 4, 3, 3)])
+def test_the_norm_is_that_of_the_delta(shape: tuple[int, ...]) -> None:
+    factors = Factors(random(5, *shape[1:]), random(shape[0], 5, *[1] * (len(shape) - 2)), -2.0)
+    assert factors.norm() == pytest.approx(float(factors.delta().norm()), rel=1e-5)
+    by_hand = Factors(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]]), -0.5)
+    assert by_hand.norm() == pytest.approx(5.0)
+
+
 def test_a_channel_of_zeros_stays_zero() -> None:
     base = torch.tensor([[0.0, 1.0], [0.0, 2.0]])
     dora = Change(Factors(torch.zeros(1, 2), torch.ones(2, 1), 1.0), dora_scale=torch.tensor([[0.5, 5**0.5]]))
