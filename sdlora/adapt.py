@@ -68,7 +68,7 @@ def adapt(model: Model, config: Config, statistics: Statistics | None = None) ->
             # transformers and diffusers checkpoint in training mode only; the models have no dropout that this would switch on
             module.train()
             getattr(module, "enable_gradient_checkpointing", getattr(module, "gradient_checkpointing_enable", None))()  # type: ignore[misc]
-    calibrates = statistics is not None and has_matrices and options.init in CALIBRATED and adapted
+    calibrates = has_matrices and adapted and options.init in CALIBRATED
     known = statistics(modules, max(ranks.values())) if statistics is not None and calibrates else {}
     dropouts = Dropouts(options.dropout, options.rank_dropout, options.module_dropout)
 

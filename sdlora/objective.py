@@ -21,7 +21,7 @@ from sdlora.errors import ConfigError
 from sdlora.items import Item
 from sdlora.latents import Posterior
 from sdlora.lora.embedding_norm import Remembered, cosine_drift, embedding_norms, norm_drift, norm_loss, pinned_loss
-from sdlora.lora.layers import Adapter, disabled, set_drop_seeds
+from sdlora.lora.layers import Adapter, disabled, set_drop_seeds, stop_dropping
 from sdlora.models.family import Family, Model
 
 PINNED_A_BATCH = 2  # bounds what the term costs: two short runs of the text encoder
@@ -142,7 +142,7 @@ class Objective:
         encoder is not trained."""
         if not self.trains_text:
             return None
-        set_drop_seeds(self.layers.values(), [None] * len(self.layers))
+        stop_dropping(self.layers.values())
         prompts = list(self.pinned[:WATCHED_PROMPTS])
         return cosine_drift(self.family.encode_prompts(self.model, prompts), self.of_base(prompts))
 

@@ -24,7 +24,7 @@ from sdlora.export import alpha_quantiles, export
 from sdlora.items import find_items
 from sdlora.latents import Latents
 from sdlora.lora import calibrate, formats
-from sdlora.lora.layers import Adapter, LoraLayer, disabled, set_drop_seeds
+from sdlora.lora.layers import Adapter, LoraLayer, disabled, stop_dropping
 from sdlora.models.device import set_aside
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
@@ -239,8 +239,7 @@ def fold(layers: Mapping[str, Adapter], config: Config, round: int) -> None:
 @contextmanager
 def as_exported(layers: Iterable[Adapter], optimizer: Optimizer, average: Average) -> Iterator[None]:
     """The layers as a file will hold them: without dropout, averaged where an average was asked for."""
-    layers = list(layers)
-    set_drop_seeds(layers, [None] * len(layers))
+    stop_dropping(layers)
     with optimizer.evaluating(), average.in_place():
         yield
 

@@ -37,7 +37,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.enabled = True
-        self.drop_seed: int | None = None  # set while a batch is trained with dropout, see `dropping`
+        self.drop_seed: int | None = None  # set while a batch is trained with dropout, see `set_drop_seeds`
         bias = base.bias if train_bias else None
         self.bias_delta = nn.Parameter(torch.zeros_like(bias, dtype=torch.float32)) if isinstance(bias, Tensor) else None
 
@@ -354,8 +354,14 @@ def disabled(layers: Iterable[Adapter]) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def set_drop_seeds(layers: Iterable[Adapter], seeds: Iterable[int | None]) -> None:
-    """What dropout draws from in the forward passes that follow; None: no dropout. The seed stays until the next batch, so that an
-    activation that is computed twice (gradient checkpointing) is the same twice."""
+def set_drop_seeds(layers: Iterable[Adapter], seeds: Iterable[int]) -> None:
+    """What dropout draws from in the forward passes that follow. A seed stays until the next batch, so that an activation that is
+    computed twice (gradient checkpointing) is the same twice."""
     for layer, seed in zip(layers, seeds, strict=True):
         layer.drop_seed = seed
+
+
+def stop_dropping(layers: Iterable[Adapter]) -> None:
+    """No dropout in the forward passes that follow."""
+    for layer in layers:
+        layer.drop_seed = None
