@@ -46,9 +46,9 @@ def adapt(model: Model, config: Config, statistics: Statistics | None = None) ->
     Without `statistics` inits that need a calibration pass start as Kaiming's: enough to plan, not to train.
     """
     options = config.lora
-    wanted = {"unet": groups_of(options.unet), "text_encoder": groups_of(options.text_encoder)}
-    targets = {part: find_targets(part, module, wanted[part]) for part, module in model.parts.items()}
-    norms = {part: find_norms(part, module) if options.norms and wanted[part] else {} for part, module in model.parts.items()}
+    wanted = {part: groups_of(options.text_encoder if part in model.text_encoders else options.unet) for part in model.parts}
+    targets = {part: heard(find_targets(part, module, wanted[part]), model) for part, module in model.parts.items()}
+    norms = {part: heard(find_norms(part, module), model) if options.norms and wanted[part] else {} for part, module in model.parts.items()}
     names = [name for part in model.parts for name in (*targets[part], *norms[part])]
     if not names:
         raise ConfigError("lora.unet and lora.text_encoder are both empty: there is nothing to train.")
@@ -98,6 +98,11 @@ def adapt(model: Model, config: Config, statistics: Statistics | None = None) ->
     return Adapted(layers, rates, {name: config.optimizer.alpha_rate * abs(alpha) for name, alpha in alphas.items()}, unmatched)
 
 
+def heard(targets: Mapping[str, str], model: Model) -> dict[str, str]:
+    """Those of the layers that predictions depend on."""
+    return {name: path for name, path in targets.items() if not f"{name}.".startswith(model.idle)}
+
+
 def start_of(
     name: str, base: nn.Linear | nn.Conv2d, rank: int, scale: float, config: Config, known: Tensor | None = None, round: int = 0
 ) -> Start:
@@ -116,11 +121,17 @@ def text_encoder_rate(config: Config) -> float:
     return config.optimizer.rate / 2 if rate is None else rate
 
 
+def part_rates(config: Config) -> dict[str, float]:
+    """Peak rate of each part of a model."""
+    first, second = text_encoder_rate(config), config.optimizer.text_encoder_2_rate
+    return {"unet": config.optimizer.rate, "text_encoder": first, "text_encoder_2": first if second is None else second}
+
+
 def layer_rates(names: list[str], config: Config) -> dict[str, float]:
     """Peak rate of each layer that learns."""
-    part_rates = {"unet": config.optimizer.rate, "text_encoder": text_encoder_rate(config)}
+    of_parts = part_rates(config)
     rates = by_layer(
-        "optimizer.layer_rates", names, {name: part_rates[name.partition(".")[0]] for name in names}, config.optimizer.layer_rates
+        "optimizer.layer_rates", names, {name: of_parts[name.partition(".")[0]] for name in names}, config.optimizer.layer_rates
     )
     return {name: rate for name, rate in rates.items() if rate > 0}
 

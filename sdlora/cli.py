@@ -165,6 +165,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
     from sdlora.lora import formats
     from sdlora.models import families
     from sdlora.models.device import DTYPES, pick_device
+    from sdlora.models.sampling import generate
 
     prompts = [preview.parse_prompt(line, steps=20, guidance=7.0) for line in lines]
     files = [split_strength(text) for text in parsed.lora]
@@ -179,7 +180,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
     number = 1 + max((int(p.stem) for p in parsed.out.glob("*.png") if p.stem.isdigit()), default=-1)
     for offset, prompt in enumerate(prompts):
         path = parsed.out / f"{number + offset:05d}.png"
-        (picture,) = family.generate(model, [prompt], 1)
+        (picture,) = generate(family, model, [prompt])
         preview.save_picture(picture, path, prompt, model=Path(parsed.base).name, lora=used)
         print(f"{path}  {prompt.text}", flush=True)
     return 0

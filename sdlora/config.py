@@ -241,8 +241,9 @@ class LoraOptions(Section):
         "input_output (which kohya's scripts ignore). Sets of groups: attention+ff (with the projections), all-linear, all-linear+conv, "
         "everything.",
     )
-    text_encoder: tuple[Literal["attention", "feed_forward"], ...] = Field(
-        ("attention", "feed_forward"), description="Text-encoder layers that are adapted; empty for none."
+    text_encoder: tuple[Literal["attention", "feed_forward", "projection"], ...] = Field(
+        ("attention", "feed_forward"),
+        description="Layers of the text encoders that are adapted; empty for none. projection: what pools a prompt in SDXL's second.",
     )
     biases: bool = Field(False, description="Also train the biases of adapted layers; needs output.format = 'exact'.")
     norms: bool = Field(False, description="Also train the norms of the parts that are adapted; needs output.format = 'exact'.")
@@ -292,6 +293,9 @@ class OptimizerOptions(Section):
     )
     rate: Rate = Field(1e-4, description="Peak learning rate of the UNet's adapters.")
     text_encoder_rate: Rate | None = Field(None, description="Peak learning rate of the text encoder's adapters; unset: half the UNet's.")
+    text_encoder_2_rate: Rate | None = Field(
+        None, description="Peak learning rate of SDXL's second text encoder; unset: the first's; 0 leaves it out of the LoRA."
+    )
     matched: bool = Field(
         False,
         description="Read rates as those of full fine-tuning: each layer's own rate is then set so that its weight moves as far as full "
@@ -301,8 +305,8 @@ class OptimizerOptions(Section):
     up_ratio: float = Field(1.0, gt=0, le=64, description="Rate of up over rate of down, as in LoRA+; 1 treats both alike.")
     layer_rates: dict[str, Rate] = Field(
         default_factory=dict,
-        description="Own rates by glob over layer names, by block ('down.0', 'mid', 'up.3', 'te.0-5'), or by group ('attention', "
-        "'unet.resnet'); the last match wins, 0 leaves a layer out of the LoRA.",
+        description="Own rates by glob over layer names, by block ('down.0', 'mid', 'up.3', 'te.0-5', 'te2.0-5'), or by group "
+        "('attention', 'unet.resnet'); the last match wins, 0 leaves a layer out of the LoRA.",
     )
     weight_decay: Share = Field(0.01, description="Weight decay of the matrices (never of alpha).")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = Field(

@@ -28,6 +28,14 @@ class Item:
     rules: CaptionRules = field(default=CaptionRules())
     background: tuple[int, int, int] = images.WHITE  # behind what is transparent
 
+    @property
+    def time_ids(self) -> tuple[int, int, int, int, int, int]:
+        """What SDXL is told of a picture (Podell et al. 2023, 2.2): its own height and width, the top and left of what is shown of it once
+        it is resized, and the height and width of that, in px. Mirrored, what was cut off at the right is at the left."""
+        left, top, right, _ = self.placed.crop
+        (width, height), (shown_width, shown_height) = self.example.size, self.placed.bucket
+        return height, width, top, self.placed.resized[0] - right if self.mirrored else left, shown_height, shown_width
+
 
 def find_items(config: Config) -> tuple[list[Item], list[tuple[Path, str]]]:
     """Items of all sets in the order of their names, those that regularise last; and what was skipped, with the reason.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,11 +18,16 @@ from sdlora.data.cache import Entry, TensorCache, fingerprint
 from sdlora.errors import DataError
 from sdlora.items import Item
 from sdlora.models.device import on_device
-from sdlora.models.family import Family, Model
+from sdlora.models.family import Model
+from sdlora.models.images import encode_images
 
 FLUSH_EVERY = 64  # pictures: what a killed fill loses at most; 8 MB in SD 1.x, 32 MB in SDXL
 PIXELS_AT_ONCE = 8 * 512 * 512  # in the VAE: bounds its activations
 MOST_AT_ONCE = 64  # pictures, however small
+
+
+Encoder = Callable[[Model, Tensor], tuple[Tensor, Tensor]]
+"""See images.encode_images."""
 
 
 class Posterior(NamedTuple):
@@ -43,8 +48,8 @@ class Shown(NamedTuple):
 class Latents(Sequence[Posterior]):
     """The posterior of each item, in their order, read when it is asked for; what is missing or damaged is computed then."""
 
-    def __init__(self, cache: TensorCache, family: Family, model: Model, items: Sequence[Item]) -> None:
-        self._cache, self._family, self._model, self._items = cache, family, model, items
+    def __init__(self, cache: TensorCache, model: Model, items: Sequence[Item], encode: Encoder = encode_images) -> None:
+        self._cache, self._model, self._items, self._encode_images = cache, model, items, encode
         self._keys = [latents_key(item, model) for item in items]
 
     def __len__(self) -> int:
@@ -85,7 +90,7 @@ class Latents(Sequence[Posterior]):
     def _encode(self, items: Sequence[Item], pictures: Sequence[Shown]) -> list[Entry]:
         """Of one bucket."""
         with on_device(self._model, "vae"):
-            means, stds = self._family.encode_images(self._model, torch.stack([picture.pixels for picture in pictures]))
+            means, stds = self._encode_images(self._model, torch.stack([picture.pixels for picture in pictures]))
         entries = []
         for item, picture, mean, std in zip(items, pictures, means.cpu(), stds.cpu(), strict=True):
             if not (mean.isfinite().all() and std.isfinite().all()):

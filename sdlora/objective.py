@@ -22,7 +22,8 @@ from sdlora.items import Item
 from sdlora.latents import Posterior
 from sdlora.lora.embedding_norm import Remembered, cosine_drift, embedding_norms, norm_drift, norm_loss, pinned_loss
 from sdlora.lora.layers import Adapter, disabled, set_drop_seeds, stop_dropping
-from sdlora.models.family import Family, Model
+from sdlora.models import text
+from sdlora.models.family import Family, Model, PromptEmbeds
 
 PINNED_A_BATCH = 2  # bounds what the term costs: two short runs of the text encoder
 WATCHED_PROMPTS = 8  # pinned prompts whose drift is told
@@ -64,10 +65,10 @@ class Objective:
         items: Sequence[Item],
         plan: BatchPlan,
         latents: Sequence[Posterior],
-        of_base: Callable[[Sequence[str]], Tensor],
+        of_base: Callable[[Sequence[str]], PromptEmbeds],
         layers: Mapping[str, Adapter],
     ):
-        """`of_base`: prompts -> prompt_embeds (B, T, D) of the base encoder, without gradients."""
+        """`of_base`: what the base encoders say of prompts, without gradients."""
         self.config, self.family, self.model = config, family, model
         self.items, self.plan, self.latents = items, plan, latents
         self.layers = dict(layers)
@@ -76,53 +77,44 @@ class Objective:
         self.trains_text = trains_text(layers)
         self.pinned = pinned_prompts(config)
         self.of_base = of_base
-        self.base_norms = Remembered(lambda prompts: embedding_norms(of_base(prompts), config.loss.embedding_norm_order), most=100_000)
+        self.base_norms = Remembered(lambda prompts: self._norms(of_base(prompts)), most=100_000)
 
     def __call__(self, step: int, part: int, text_rests: bool = False) -> Loss:
         """Loss of batch number `part` of a step, counted from 0; with `text_rests` the text encoder gets no gradient."""
         loss, batch = self.config.loss, step * self.config.train.accumulation + part
         self._set_dropout(batch)
         indices = self.plan.batch(batch)
-        prompt_embeds, drift, worst, terms = None, 0.0, 0.0, []
+        embeds, drift, worst, terms = None, 0.0, 0.0, []
         if self.trains_text:
             captions = self.captions(step, part)
             with torch.set_grad_enabled(not text_rests):
-                prompt_embeds = self.family.encode_prompts(self.model, captions)
-            norms, wanted = embedding_norms(prompt_embeds, loss.embedding_norm_order), self.base_norms(captions)
-            drift, worst = norm_drift(norms.detach(), wanted)
+                embeds = self.family.encode_prompts(self.model, captions)
+            norms, wanted = self._norms(embeds), self.base_norms(captions)
+            drift, worst = norm_drift(*(torch.cat(of, dim=1) for of in ([n.detach() for n in norms], wanted)))
             if loss.embedding_norm and not text_rests:
-                counted = None if loss.embedding_norm_padding else self._words(captions)
-                term = norm_loss(
-                    norms,
-                    wanted,
-                    loss.embedding_norm_distance,
-                    relative=loss.embedding_norm_relative,
-                    counted=counted,
-                    per_prompt=loss.embedding_norm_per == "prompt",
-                )
-                terms.append(loss.embedding_norm * term)
-        denoising = self.denoising(step, part, prompt_embeds)
+                terms.append(loss.embedding_norm * self._norm_term(norms, wanted, captions))
+        denoising = self.denoising(step, part, embeds)
         if self.trains_text and not text_rests and loss.pinned_embedding:
             prompts = self._pinned(batch, "pinned", PINNED_A_BATCH)
-            term = pinned_loss(self.family.encode_prompts(self.model, prompts), self.of_base(prompts), loss.pinned_distance)
-            terms.append(loss.pinned_embedding * term)
+            pairs = zip(self.family.encode_prompts(self.model, prompts).vectors, self.of_base(prompts).vectors, strict=True)
+            terms += [loss.pinned_embedding * pinned_loss(now, before, loss.pinned_distance) for now, before in pairs]
         if loss.prior:
             prompts = self._pinned(batch, "prior", loss.prior_samples)
             with torch.set_grad_enabled(not text_rests):
                 embeds = self.family.encode_prompts(self.model, prompts) if self.trains_text else self.of_base(prompts)
-            shown = [self.latents[indices[k % len(indices)]] for k in range(len(prompts))]
+            shown = [indices[k % len(indices)] for k in range(len(prompts))]
             terms.append(loss.prior * self._prior(shown, embeds, self.of_base(prompts), batch))
         total = denoising
         for term in terms:
             total = total + term
         return Loss(total, float(denoising.detach()), drift, worst)
 
-    def denoising(self, step: int, part: int, prompt_embeds: Tensor | None = None, through_text: bool = False) -> Tensor:
-        """The diffusion loss alone. prompt_embeds (B, T, D); None: computed here where gradients are to go `through_text`, else those
-        of the base encoder."""
+    def denoising(self, step: int, part: int, embeds: PromptEmbeds | None = None, through_text: bool = False) -> Tensor:
+        """The diffusion loss alone. `embeds` of the batch's captions; None: computed here where gradients are to go `through_text`, else
+        those of the base encoders."""
         config = self.config
         if through_text:
-            prompt_embeds = self.family.encode_prompts(self.model, self.captions(step, part))
+            embeds = self.family.encode_prompts(self.model, self.captions(step, part))
         first, indices = self._first(step, part), self.plan.batch(step * config.train.accumulation + part)
         noise_seeds, timestep_seeds = (self._seeds(step, part, purpose) for purpose in ("noise", "timestep"))
         samples = self._first(step, config.train.accumulation)  # that the step really has: the last batch of a bucket may be short
@@ -130,39 +122,68 @@ class Objective:
         posteriors = [self.latents[index] for index in indices]  # read from disk: once
         clean, noise, seen_noise = latents_and_noise(posteriors, noise_seeds, config.loss)
         clean, noise, seen_noise = (tensor.to(self.model.device) for tensor in (clean, noise, seen_noise))
-        embeds = self.of_base(self.captions(step, part)) if prompt_embeds is None else prompt_embeds
-        predicted = self.family.predict(self.model, self.schedule.add_noise(clean, seen_noise, timesteps), timesteps, embeds)
+        embeds = self.of_base(self.captions(step, part)) if embeds is None else embeds
+        noisy = self.schedule.add_noise(clean, seen_noise, timesteps)
+        predicted = self.family.predict(self.model, noisy, timesteps, embeds, self._time_ids(indices))
         weight, width = weight_and_width(self.schedule, timesteps, config.loss)
         weight = weight * torch.tensor([self.items[index].weight for index in indices], device=weight.device)
         return denoising_loss(predicted, self.schedule.target(clean, noise, timesteps), weight, width, self._masks(posteriors))
 
     @torch.no_grad()
     def pinned_drift(self) -> float | None:
-        """Mean over tokens of 1 - cosine between the embeddings of some pinned prompts and the base encoder's; None where the text
-        encoder is not trained."""
+        """Mean over text encoders and tokens of 1 - cosine between the embeddings of some pinned prompts and the base encoder's; None where
+        no text encoder is trained."""
         if not self.trains_text:
             return None
         stop_dropping(self.layers.values())
         prompts = list(self.pinned[:WATCHED_PROMPTS])
-        return cosine_drift(self.family.encode_prompts(self.model, prompts), self.of_base(prompts))
+        pairs = zip(self.family.encode_prompts(self.model, prompts).vectors, self.of_base(prompts).vectors, strict=True)
+        drifts = [cosine_drift(now, before) for now, before in pairs]
+        return sum(drifts) / len(drifts)
 
-    def _prior(self, posteriors: Sequence[Posterior], prompt_embeds: Tensor, base_prompt_embeds: Tensor, batch: int) -> Tensor:
+    def _norms(self, embeds: PromptEmbeds) -> tuple[Tensor, ...]:
+        """(B, T) of each text encoder, and (B, 1) of a pooled embedding."""
+        return tuple(embedding_norms(vectors, self.config.loss.embedding_norm_order) for vectors in embeds.vectors)
+
+    def _norm_term(self, norms: Sequence[Tensor], wanted: Sequence[Tensor], captions: Sequence[str]) -> Tensor:
+        """Sum over text encoders and the pooled embedding, so that each is held as firmly as if it were the only one."""
+        loss = self.config.loss
+        words = None if loss.embedding_norm_padding else text.token_masks(self.model, captions).to(self.model.device)
+        terms = [
+            norm_loss(
+                now,
+                before,
+                loss.embedding_norm_distance,
+                relative=loss.embedding_norm_relative,
+                counted=words if now.shape[1] > 1 else None,
+                per_prompt=loss.embedding_norm_per == "prompt",
+            )
+            for now, before in zip(norms, wanted, strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+    def _time_ids(self, indices: Sequence[int]) -> Tensor:
+        """(B, 6), see Item.time_ids."""
+        return torch.tensor([self.items[index].time_ids for index in indices], dtype=torch.float32, device=self.model.device)
+
+    def _prior(self, indices: Sequence[int], embeds: PromptEmbeds, base_embeds: PromptEmbeds, batch: int) -> Tensor:
         """The base-model prior: what the model without adapters predicts for a prompt is the target of the model with them.
 
         As prior preservation (DreamBooth, Ruiz et al. 2023), with the base model's prediction in the place of pictures that it drew, so
-        that nothing has to be drawn, or kept on disk. Noise is put on the training pictures' latents. Embeddings (B, T, D).
+        that nothing has to be drawn, or kept on disk. Noise is put on the latents of the training pictures `indices`.
         """
-        count, device = len(posteriors), self.model.device
+        count, device = len(indices), self.model.device
         noise_seeds, timestep_seeds = (
             [sample_seed(self.config.train.seed, batch, k, purpose) for k in range(count)] for purpose in ("prior noise", "prior timestep")
         )
         timesteps = stratified(timestep_seeds, 0, count, self.distribution).to(device)
-        clean, _, seen_noise = latents_and_noise(posteriors, noise_seeds, self.config.loss)
+        clean, _, seen_noise = latents_and_noise([self.latents[index] for index in indices], noise_seeds, self.config.loss)
+        time_ids = self._time_ids(indices)
         noisy = self.schedule.add_noise(clean.to(device), seen_noise.to(device), timesteps)
         with torch.no_grad(), disabled(self.layers.values()):
-            wanted = self.family.predict(self.model, noisy, timesteps, base_prompt_embeds)
+            wanted = self.family.predict(self.model, noisy, timesteps, base_embeds, time_ids)
         weight, width = weight_and_width(self.schedule, timesteps, self.config.loss)
-        return denoising_loss(self.family.predict(self.model, noisy, timesteps, prompt_embeds), wanted, weight, width)
+        return denoising_loss(self.family.predict(self.model, noisy, timesteps, embeds, time_ids), wanted, weight, width)
 
     def _first(self, step: int, part: int) -> int:
         """How many samples of the step come before this part's."""
@@ -184,10 +205,6 @@ class Objective:
     def _pinned(self, batch: int, purpose: str, count: int) -> list[str]:
         """Which pinned prompts a batch holds: drawn anew each time."""
         return Random(sample_seed(self.config.train.seed, batch, 0, purpose)).choices(self.pinned, k=count)
-
-    def _words(self, captions: Sequence[str]) -> Tensor:
-        """Which tokens are not padding: (B, T) bool."""
-        return self.family.token_masks(self.model, captions).to(self.model.device)
 
     def _masks(self, posteriors: Sequence[Posterior]) -> Tensor | None:
         """Weight of each latent pixel, (B, 1, h, w); None where no picture of the batch has a mask."""

@@ -120,15 +120,18 @@ def estimate_memory(config: Config, model: Model, trainable: int, bucket: tuple[
     process as it stands, which holds the weights already. The VAE is not on the device then."""
     batch = config.train.batch_size + (config.loss.prior_samples if config.loss.prior else 0)  # one backward pass for all of them
     unet: Any = model.parts["unet"]
-    factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
     # Autocast does not act on meta tensors: they have the precision that it would give them.
-    shape = (batch, unet.config.in_channels, bucket[1] // factor, bucket[0] // factor)
+    shape = (batch, unet.config.in_channels, bucket[1] // model.latent_factor, bucket[0] // model.latent_factor)
     latents = torch.empty(shape, device="meta", dtype=model.dtype)
     tokens = (batch, model.prompt_tokens, unet.config.cross_attention_dim)
     embeds = torch.empty(tokens, device="meta", dtype=model.dtype, requires_grad=True)
 
+    pooled = torch.empty((batch, memory.pooled_size(unet.config)), device="meta", dtype=model.dtype)
+    added = {"text_embeds": pooled, "time_ids": torch.empty((batch, 6), device="meta")}  # which SDXL alone looks at
+
     def step(shadow: Any) -> Tensor:
-        return shadow(latents, torch.zeros(batch, dtype=torch.long, device="meta"), embeds).sample  # type: ignore[no-any-return]
+        timesteps = torch.zeros(batch, dtype=torch.long, device="meta")
+        return shadow(latents, timesteps, embeds, added_cond_kwargs=added).sample  # type: ignore[no-any-return]
 
     activations = memory.saved_bytes(unet, step)
     held = psutil.Process().memory_info().rss if model.device.type == "cpu" else memory.weight_bytes(*model.parts.values())

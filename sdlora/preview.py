@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from sdlora.errors import ConfigError
 from sdlora.models.device import on_device
 from sdlora.models.family import Family, Model, PicturePrompt
+from sdlora.models.sampling import generate
 from sdlora.run import Run
 
 FLAG = re.compile(r"\s--([a-z]+)\s+(.*?)(?=\s--[a-z]+\s|$)")
@@ -65,9 +66,9 @@ def save_picture(picture: Image.Image, path: Path, prompt: PicturePrompt, *, mod
 
 
 def draw(run: Run, family: Family, model: Model, prompts: Sequence[PicturePrompt], step: int) -> None:
-    with on_device(model, "vae", "text_encoder"):
+    with on_device(model, "vae", *model.text_encoders):
         for number, prompt in enumerate(prompts):
-            (picture,) = family.generate(model, [prompt], 1)
+            (picture,) = generate(family, model, [prompt])
             save_picture(picture, picture_path(run, step, number), prompt, model=run.config.model.base)
 
 

@@ -57,7 +57,7 @@ def train(run: Run) -> Iterator[events.Event]:
     check_step(config, model)
     noise_schedule_of(model, config)  # refuses here what does not fit the model
 
-    latents = Latents(TensorCache(run.cache / f"latents-{model.vae_fingerprint[:16]}", config.model.base), family, model, items)
+    latents = Latents(TensorCache(run.cache / f"latents-{model.vae_fingerprint[:16]}", config.model.base), model, items)
     of_prompts = TensorCache(run.cache / f"prompts-{model.text_fingerprint[:16]}", config.model.base)
 
     def statistics(modules: Mapping[str, nn.Linear | nn.Conv2d], rank: int) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def train(run: Run) -> Iterator[events.Event]:
     set_aside(model, "vae")
     yield from until_stopped(run, of_base.fill(prompts_of(config, items, trains_text(layers))))
     if not trains_text(layers) and all(fixed_caption(item.example.caption, item.rules) is not None for item in items):
-        set_aside(model, "text_encoder")
+        set_aside(model, *model.text_encoders)
 
     objective = Objective(config, family, model, items, plan, latents, of_base, layers)
     step = restore(run, layers, optimizer, average)

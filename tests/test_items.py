@@ -10,7 +10,9 @@ from PIL import Image
 
 from sdlora import config as configs
 from sdlora.data.batches import BatchPlan
+from sdlora.data.buckets import Placed
 from sdlora.data.captions import CaptionRules
+from sdlora.data.dataset import Example
 from sdlora.errors import DataError
 from sdlora.items import Item, as_often, find_items
 
@@ -127,3 +129,11 @@ def test_what_regularises_is_shared_out_by_its_repeats(place: Path) -> None:
         assert sum(shares.values()) == times
         assert 0 not in shares.values() and abs(shares.get("b", 0) - 0.75 * times) <= 1
     assert as_often([], 7) == []
+
+
+def test_time_ids_are_of_the_picture_as_it_is_shown(place: Path) -> None:
+    """Height before width, the crop's top before its left; mirrored, what was cut off at the right lies at the left."""
+    placed = Placed((64, 32), (96, 40), (10, 3, 74, 35))
+    item = Item(Example(place / "a.png", "a", (480, 200), "digest"), placed, False)
+    assert item.time_ids == (200, 480, 3, 10, 32, 64)
+    assert replace(item, mirrored=True).time_ids == (200, 480, 3, 96 - 74, 32, 64)

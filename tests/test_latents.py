@@ -26,7 +26,7 @@ class Encoder:
     def __init__(self) -> None:
         self.batches: list[tuple[int, ...]] = []
 
-    def encode_images(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         self.batches.append(tuple(pixels.shape))
         mean = torch.nn.functional.avg_pool2d(pixels, 8)
         return mean, mean.abs() / 2
@@ -58,8 +58,7 @@ def items(tmp_path: Path) -> list[Item]:
 
 def latents_of(folder: Path, items: Sequence[Item], encoder: Encoder) -> Latents:
     model: Any = FakeModel()
-    family: Any = encoder
-    return Latents(TensorCache(folder / "cache", "fake"), family, model, items)
+    return Latents(TensorCache(folder / "cache", "fake"), model, items, encoder)
 
 
 def expected(item: Item) -> Tensor:
@@ -138,8 +137,8 @@ def test_a_damaged_entry_is_computed_anew_while_training(tmp_path: Path, items: 
 
 def test_latents_that_are_not_finite_name_their_picture(tmp_path: Path, items: list[Item]) -> None:
     class Overflowing(Encoder):
-        def encode_images(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-            mean, std = super().encode_images(model, pixels)
+        def __call__(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+            mean, std = super().__call__(model, pixels)
             return mean, std / (pixels.shape[3] != 32)
 
     with pytest.raises(DataError, match=r"1\.png: its latents are not finite"):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from tiny import build_model
-from torch import Tensor
 
 from sdlora.config import Config
 from sdlora.data.cache import TensorCache
@@ -16,7 +15,7 @@ from sdlora.data.captions import CaptionRules
 from sdlora.data.dataset import Example
 from sdlora.items import Item
 from sdlora.models import families
-from sdlora.models.family import Family, Model
+from sdlora.models.family import Family, Model, PromptEmbeds
 from sdlora.objective import GENERIC_PROMPTS, prompts_of
 from sdlora.prompts import BasePrompts
 
@@ -31,19 +30,19 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Model]:
 def test_from_disk_they_are_the_same_bits_and_the_encoder_is_not_asked(tmp_path: Path, loaded: tuple[Family, Model]) -> None:
     family, model = loaded
     with torch.no_grad():
-        expected = family.encode_prompts(model, PROMPTS)
+        expected = family.encode_prompts(model, PROMPTS).prompt_embeds
     first = BasePrompts(TensorCache(tmp_path, "tiny"), family, model, [])
     assert [event.done for event in first.fill(PROMPTS)] == [3]
-    assert torch.equal(first(PROMPTS), expected)
+    assert torch.equal(first(PROMPTS).prompt_embeds, expected)
     asked: list[Any] = []
 
-    def encode(model: Model, prompts: Sequence[str]) -> Tensor:
+    def encode(model: Model, prompts: Sequence[str]) -> PromptEmbeds:
         asked.append(prompts)
         return family.encode_prompts(model, prompts)
 
     second = BasePrompts(TensorCache(tmp_path, "tiny"), replace(family, encode_prompts=encode), model, [])
-    assert not list(second.fill(PROMPTS)) and torch.equal(second(PROMPTS), expected) and not asked
-    unknown = second(["a cat", "bird"])  # a shuffled caption, say: computed, and kept in memory only
+    assert not list(second.fill(PROMPTS)) and torch.equal(second(PROMPTS).prompt_embeds, expected) and not asked
+    unknown = second(["a cat", "bird"]).prompt_embeds  # a shuffled caption, say: computed, and kept in memory only
     assert asked == [["bird"]] and torch.equal(unknown[0], expected[0]) and not unknown.requires_grad
     assert len(TensorCache(tmp_path, "tiny")._index()) == 3
 

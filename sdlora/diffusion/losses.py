@@ -54,8 +54,6 @@ def sample_errors(predicted: Tensor, target: Tensor, width: Tensor | None = None
     return (errors if mask is None else errors * mask).mean(dim=(1, 2, 3))
 
 
-def denoising_loss(
-    predicted: Tensor, target: Tensor, weight: Tensor, width: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor:
+def denoising_loss(predicted: Tensor, target: Tensor, weight: Tensor, width: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """Mean over the batch of each sample's weighted error."""
     return (weight * sample_errors(predicted, target, width, mask)).mean()

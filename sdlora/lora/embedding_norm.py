@@ -76,7 +76,7 @@ def pinned_loss(prompt_embeds: Tensor, base_embeds: Tensor, distance: str = "squ
 
 
 def norm_drift(norms: Tensor, base_norms: Tensor) -> tuple[float, float]:
-    """Mean and largest relative deviation, for the log: 0.05 means that norms are off by 5 %."""
+    """Mean and largest relative deviation of norms of any shape, for the log: 0.05 means that they are off by 5 %."""
     deviation = (norms / base_norms - 1).abs()
     return float(deviation.mean()), float(deviation.max())
 
@@ -89,22 +89,23 @@ def cosine_drift(prompt_embeds: Tensor, base_embeds: Tensor) -> float:
 class Remembered:
     """What a prompt comes to, computed once and kept for the `most` prompts that were asked for last."""
 
-    def __init__(self, compute: Callable[[list[str]], Tensor], most: int):
-        """`compute`: prompts -> (B, ...), without gradients."""
+    def __init__(self, compute: Callable[[list[str]], tuple[Tensor, ...]], most: int):
+        """`compute`: prompts -> one or more (B, ...), without gradients."""
         self._compute = compute
         self._most = most
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._known: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """(B, ...) of these prompts."""
+    def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """(B, ...) of these prompts, of each thing that is computed."""
         missing = list(dict.fromkeys(p for p in prompts if p not in self._known))
         found = {p: self._known[p] for p in prompts if p in self._known}
         for start in range(0, len(missing), AT_ONCE):
             part = missing[start : start + AT_ONCE]
-            found |= {prompt: row.clone() for prompt, row in zip(part, self._compute(part), strict=True)}  # a view would keep the batch
+            for prompt, *rows in zip(part, *self._compute(part), strict=True):
+                found[prompt] = tuple(row.clone() for row in rows)  # a view would keep the batch
         for prompt, value in found.items():
             self._known[prompt] = value
             self._known.move_to_end(prompt)
         while len(self._known) > self._most:
             self._known.popitem(last=False)
-        return torch.stack([found[p] for p in prompts])
+        return tuple(torch.stack(rows) for rows in zip(*(found[p] for p in prompts), strict=True))

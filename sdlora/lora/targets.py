@@ -33,6 +33,7 @@ UNET_GROUPS: dict[str, str] = {
 TEXT_ENCODER_GROUPS: dict[str, str] = {
     "attention": r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
     "feed_forward": r"\.mlp\.(fc1|fc2)",
+    "projection": r"^\.text_projection",
 }
 
 # Sets of groups under one name, as other trainers offer them. What a group lacks in a model, it lacks: SD 1.x projects by 1x1
@@ -105,7 +106,7 @@ def by_layer(option: str, names: Sequence[str], values: Mapping[str, Value], own
 
 
 def selects(selector: str, name: str) -> bool:
-    """Whether a glob, a block (`down.0`, `mid`, `up.1-3`, `te.0-5`) or a group (`attention`, `unet.resnet`) names this layer."""
+    """Whether a glob, a block (`down.0`, `mid`, `up.1-3`, `te.0-5`, `te2.0-5`) or a group (`attention`, `unet.resnet`) names this layer."""
     part, _, path = name.partition(".")
     of_part, _, group = selector.rpartition(".")
     patterns = UNET_GROUPS if part == "unet" else TEXT_ENCODER_GROUPS
@@ -115,14 +116,16 @@ def selects(selector: str, name: str) -> bool:
 
 
 def block_globs(text: str) -> list[str]:
-    """Shorthand for a block as globs: `down.0`, `mid`, `up.1-3`, `te.0-5`; anything else is a glob already."""
-    found = re.fullmatch(r"(?:(mid)|(down|up|te)\.(\d+)(?:-(\d+))?)", text)
+    """Shorthand for a block as globs: `down.0`, `mid`, `up.1-3`, `te.0-5`, `te2.0-5`; anything else is a glob already."""
+    found = re.fullmatch(r"(?:(mid)|(down|up|te2?)\.(\d+)(?:-(\d+))?)", text)
     if not found:
         return [text]
     mid, block, first, last = found.groups()
     if mid:
         return ["unet.mid_block.*"]
-    path = "text_encoder.text_model.encoder.layers" if block == "te" else f"unet.{block}_blocks"
+    path = {"te": "text_encoder.text_model.encoder.layers", "te2": "text_encoder_2.text_model.encoder.layers"}.get(
+        block, f"unet.{block}_blocks"
+    )
     return [f"{path}.{number}.*" for number in range(int(first), int(last or first) + 1)]
 
 

@@ -22,6 +22,7 @@ from sdlora.lora import formats
 from sdlora.mini import oracle, world
 from sdlora.models import families
 from sdlora.models.family import Family, Model, PicturePrompt
+from sdlora.models.sampling import generate
 
 CONCEPT, TRIGGER = "fish", "ohwx fish"
 SEEN_BACKGROUNDS = ("white", "blue", "green", "yellow")  # in datasets/fish
@@ -72,10 +73,8 @@ def prompt_of(scene: world.Scene) -> str:
 
 
 def draw(family: Family, model: Model, scenes: Sequence[world.Scene], seed: int) -> list[Image.Image]:
-    prompts = [
-        PicturePrompt(prompt_of(scene), seed=seed + number, steps=STEPS, guidance=GUIDANCE) for number, scene in enumerate(scenes)
-    ]
-    return family.generate(model, prompts, AT_ONCE)
+    prompts = [PicturePrompt(prompt_of(scene), seed=seed + number, steps=STEPS, guidance=GUIDANCE) for number, scene in enumerate(scenes)]
+    return generate(family, model, prompts, AT_ONCE)
 
 
 def judge(scenes: Iterable[world.Scene], pictures: Iterable[Image.Image]) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,11 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ConfigError(f"train.device: {name!r} is not to be had here; use auto, or cpu.") from None
     return device
+
+
+def arithmetic(model: Model) -> AbstractContextManager[Any]:
+    """Mixed precision of the forward pass; a no-op in fp32."""
+    return torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
 
 def set_aside(model: Model, *names: str) -> None:

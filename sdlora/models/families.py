@@ -1,35 +1,52 @@
-"""Find the family of a base model, and load it."""
+"""Load a base model, whichever family it is of."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-import sdlora.mini
-from sdlora.errors import WeightsError
+from sdlora.diffusion.schedule import NoiseSchedule
+from sdlora.models import sources
 from sdlora.models.family import Family, Model
-from sdlora.models.sd import SD
+from sdlora.models.sd import SD1, SD2
+from sdlora.models.sdxl import SDXL
 
-# By the pipeline class that a folder's model_index.json names.
-FAMILIES: dict[str, Family] = {"StableDiffusionPipeline": SD}
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL)}
 
 
-def load(base: str, dtype: torch.dtype, device: torch.device, *, clip_skip: int = 1, chunks: int = 1) -> tuple[Family, Model]:
-    """`base`: a folder, or "mini". Prompts are encoded up to the `clip_skip`-th last layer, in so many chunks. Raises WeightsError."""
-    folder = sdlora.mini.WEIGHTS_DIR if base == "mini" else Path(base)
-    if not folder.exists():
-        raise WeightsError(f"model.base: there is no folder {folder}; give a model folder in diffusers' layout, or 'mini'.")
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise WeightsError(f"model.base: {folder} is not a model folder in diffusers' layout: it has no model_index.json.")
-    try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError):
-        raise WeightsError(f"model.base: {index} does not say which pipeline the model is for; it is damaged.") from None
-    if name not in FAMILIES:
-        raise WeightsError(f"model.base: {folder} is for {name}; sdlora trains {', '.join(FAMILIES)}.")
-    family = FAMILIES[name]
-    return family, replace(family.load(folder, dtype, device, clip_skip), chunks=chunks)
+def load(
+    base: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    clip_skip: int = 1,
+    chunks: int = 1,
+    vae: str | None = None,
+    prediction_type: str | None = None,
+) -> tuple[Family, Model]:
+    """`base`, `vae`: see sources.load. Prompts are encoded up to the `clip_skip`-th last layer, in so many chunks. Text encoders and UNet
+    in `dtype`, the VAE in fp32: SD 1.x's overflows in fp16 and loses tones in bf16. Raises WeightsError."""
+    found = sources.load(base, dtype, vae=vae, prediction_type=prediction_type)
+    family = FAMILIES[found.family]
+    for module in (*found.text_encoders, found.unet, found.vae):
+        module.requires_grad_(False).eval().to(device)
+    names = [f"text_encoder_{number + 1}" if number else "text_encoder" for number in range(len(found.text_encoders))]
+    schedule = NoiseSchedule(found.scheduler.alphas_cumprod.to(device), found.scheduler.config.prediction_type)
+    config = {**found.scheduler.config, "clip_sample": False}  # a pixel-space habit that pipelines warn of
+    if found.zero_terminal_snr:
+        schedule = schedule.with_zero_terminal_snr()
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # Lin et al. 2023, 3.3
+    model = Model(
+        parts={"unet": found.unet, **dict(zip(names, found.text_encoders, strict=True))},
+        vae=found.vae,
+        tokenizers=dict(zip(names, found.tokenizers, strict=True)),
+        noise_schedule=schedule,
+        scheduler_config=config,
+        dtype=dtype,
+        device=device,
+        notes=found.notes,
+        clip_skip=clip_skip,
+        chunks=chunks,
+    )
+    return family, replace(model, idle=family.idle(model))

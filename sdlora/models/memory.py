@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 
+def pooled_size(unet_config: Any) -> int:
+    """P of SDXL's pooled embedding: what its UNet reads beside the six numbers of a picture's sizes; 0 where it reads neither."""
+    if unet_config.addition_embed_type != "text_time":
+        return 0
+    return int(unet_config.projection_class_embeddings_input_dim - 6 * unet_config.addition_time_embed_dim)
+
+
 def weight_bytes(*modules: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for module in modules for t in [*module.parameters(), *module.buffers()])
 

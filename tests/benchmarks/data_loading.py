@@ -115,7 +115,6 @@ def fill_and_read(options: argparse.Namespace) -> None:
         mean = torch.nn.functional.avg_pool2d(pixels, 8)
         return mean, mean.abs()
 
-    family: Any = argparse.Namespace(encode_images=encode)
     model: Any = argparse.Namespace(device=torch.device("cpu"), vae=torch.nn.Linear(1, 1), vae_fingerprint="none")
     with tempfile.TemporaryDirectory() as folder:
         paths = make_pictures(Path(folder))
@@ -126,8 +125,8 @@ def fill_and_read(options: argparse.Namespace) -> None:
         def plain() -> None:
             plain_loop(paths, size, lambda pixels: encode(model, pixels))
 
-        fresh = (Latents(TensorCache(Path(folder) / f"cache-{n}", "none"), family, model, items) for n in itertools.count())
-        kept = Latents(TensorCache(Path(folder) / "kept", "none"), family, model, items)
+        fresh = (Latents(TensorCache(Path(folder) / f"cache-{n}", "none"), model, items, encode) for n in itertools.count())
+        kept = Latents(TensorCache(Path(folder) / "kept", "none"), model, items, encode)
         list(kept.fill())
         for name, ours in (("fill", lambda: list(next(fresh).fill())), ("read", lambda: [kept[index] for index in range(len(items))])):
             if name in options.rows:

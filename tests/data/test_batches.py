@@ -48,6 +48,8 @@ def test_what_is_shown_seldom_comes_evenly_and_no_set_ends_before_another() -> N
     assert [len(shown) for shown in passes] == [15] * 4
     shown = [[index in members for members in spread(range(3), [8, 4, 2])] for index in range(3)]
     assert shown == [[True] * 8, [False, True] * 4, [False, False, False, True] * 2]
+
+
 def test_what_holds_for_every_plan() -> None:
     for case in range(300):
         rng = random.Random(case)

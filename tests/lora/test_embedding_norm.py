@@ -27,17 +27,18 @@ def test_loss_is_zero_for_any_rotation_and_pulls_towards_the_base_norm() -> None
 def test_each_caption_is_computed_once_until_it_is_forgotten() -> None:
     calls: list[list[str]] = []
 
-    def encode(captions: list[str]) -> torch.Tensor:
+    def encode(captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(captions)
-        return torch.stack([torch.full((3, 4), float(len(c))) for c in captions])
+        lengths = torch.tensor([float(len(c)) for c in captions])
+        return lengths[:, None, None].expand(-1, 3, 4), -lengths
 
     known = Remembered(encode, most=2)
-    first = known(["ab", "c", "ab"])
-    assert first.shape == (3, 3, 4) and first[:, 0, 0].tolist() == [2, 1, 2]
+    first, second = known(["ab", "c", "ab"])
+    assert first.shape == (3, 3, 4) and first[:, 0, 0].tolist() == [2, 1, 2] and second.tolist() == [-2, -1, -2]
     known(["c", "def"])  # "ab" was asked for longest ago
-    assert known(["def", "c"])[:, 0, 0].tolist() == [3, 1]
+    assert known(["def", "c"])[0][:, 0, 0].tolist() == [3, 1]
     assert calls == [["ab", "c"], ["def"]]
-    assert known(["ab", "c", "def"])[:, 0, 0].tolist() == [2, 1, 3]  # more at once than are kept
+    assert known(["ab", "c", "def"])[0][:, 0, 0].tolist() == [2, 1, 3]  # more at once than are kept
     assert calls[2:] == [["ab"]]
 
 

@@ -12,6 +12,7 @@ from sdlora.mini import world
 from sdlora.mini.train import LATENT_SCALE, as_tensor, main, new_tokenizer, new_vae, normalise_latents
 from sdlora.models import families
 from sdlora.models.family import PicturePrompt
+from sdlora.models.sampling import generate
 
 
 def test_stages_resume_and_pack(tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_stages_resume_and_pack(tmp_path: Path) -> None:
 
     main(["pack", "--work", str(straight), "--out", str(tmp_path / "packed")])
     family, model = families.load(str(tmp_path / "packed"), torch.float32, torch.device("cpu"))
-    assert family.generate(model, [PicturePrompt("a fox", steps=1)], 1)[0].size == (64, 64)
+    assert generate(family, model, [PicturePrompt("a fox", steps=1)])[0].size == (64, 64)
     assert 10e6 < sum(p.stat().st_size for p in (tmp_path / "packed").rglob("*.safetensors")) < 20e6
 
 

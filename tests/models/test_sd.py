@@ -12,10 +12,14 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from tiny import build_model
 
+from sdlora.adapt import heard
 from sdlora.errors import WeightsError
 from sdlora.lora.targets import find_targets
 from sdlora.models import families, memory
 from sdlora.models.family import PicturePrompt
+from sdlora.models.images import encode_images
+from sdlora.models.sampling import generate
+from sdlora.models.text import token_masks
 
 CPU = torch.device("cpu")
 
@@ -34,14 +38,14 @@ def test_prompts_and_pictures_agree_with_diffusers(tiny: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(tiny)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     theirs, _ = pipeline.encode_prompt(["a cat", ""], CPU, 1, False)
-    torch.testing.assert_close(family.encode_prompts(model, ["a cat", ""]), theirs)
-    (drawn,) = family.generate(model, [PicturePrompt("a cat", "dog", seed=3, steps=4, guidance=5.0)], 1)
+    torch.testing.assert_close(family.encode_prompts(model, ["a cat", ""]).prompt_embeds, theirs)
+    (drawn,) = generate(family, model, [PicturePrompt("a cat", "dog", seed=3, steps=4, guidance=5.0)])
     picture = pipeline(
         "a cat", negative_prompt="dog", num_inference_steps=4, guidance_scale=5.0, generator=torch.Generator().manual_seed(3)
     ).images[0]
     assert drawn.size == (32, 32)
     assert max(high for _, high in ImageChops.difference(drawn, picture).getextrema()) <= 1
-    (wide,) = family.generate(model, [PicturePrompt("a", width=64, height=32, steps=1)], 1)
+    (wide,) = generate(family, model, [PicturePrompt("a", width=64, height=32, steps=1)])
     assert wide.size == (64, 32)
 
 
@@ -52,8 +56,9 @@ def test_clip_skip_takes_the_hidden_states_of_an_earlier_layer_through_the_final
     states = encoder(ids, output_hidden_states=True).hidden_states  # of the embeddings, then of each of two layers
     for clip_skip in (1, 2):
         family, model = families.load(str(tiny), torch.float32, CPU, clip_skip=clip_skip)
-        torch.testing.assert_close(family.encode_prompts(model, ["a cat", ""]), encoder.final_layer_norm(states[-clip_skip]))
-    assert not any("layers.1" in name for name in find_targets("text_encoder", model.parts["text_encoder"], ["attention"]))
+        torch.testing.assert_close(family.encode_prompts(model, ["a cat", ""]).prompt_embeds, encoder.final_layer_norm(states[-clip_skip]))
+    found = heard(find_targets("text_encoder", model.parts["text_encoder"], ["attention"]), model)
+    assert [name for name in found if "layers.0." in name] == list(found)
     with pytest.raises(WeightsError, match=r"clip_skip = 3: the text encoder has 2 layers only"):
         families.load(str(tiny), torch.float32, CPU, clip_skip=3)
 
@@ -63,25 +68,25 @@ def test_long_prompts_are_encoded_in_chunks_each_with_its_own_start_and_end(tiny
     _, three = families.load(str(tiny), torch.float32, CPU, chunks=3)
     word = "abcdefghijklmn"  # 14 letters, a token each: a chunk of the tiny model's 16
     prompts = ["", "cat", word, word + "cat", word * 2 + "xyz", word * 9]
-    embeds = family.encode_prompts(three, prompts)
+    embeds = family.encode_prompts(three, prompts).prompt_embeds
     assert embeds.shape == (6, three.prompt_tokens, 16) == (6, 48, 16)
     start, end = one.tokenizer.bos_token_id, one.tokenizer.eos_token_id
     letters = one.tokenizer(word * 2 + "xyz", add_special_tokens=False).input_ids
     assert len(letters) == 31
     by_hand = [[start, *letters[:14], end], [start, *letters[14:28], end], [start, *letters[28:], *[end] * 12]]
     torch.testing.assert_close(embeds[4], one.parts["text_encoder"](torch.tensor(by_hand)).last_hidden_state.flatten(0, 1))
-    torch.testing.assert_close(embeds[1], torch.cat(list(family.encode_prompts(one, ["cat", "", ""]))))
-    counts = [mask.unflatten(0, (3, 16)).sum(dim=1).tolist() for mask in family.token_masks(three, prompts)]
+    torch.testing.assert_close(embeds[1], torch.cat(list(family.encode_prompts(one, ["cat", "", ""]).prompt_embeds)))
+    counts = [mask.unflatten(0, (3, 16)).sum(dim=1).tolist() for mask in token_masks(three, prompts)]
     assert counts == [[2, 0, 0], [5, 0, 0], [16, 0, 0], [16, 5, 0], [16, 16, 5], [16, 16, 16]]
-    assert family.token_masks(three, ["cat"])[0].tolist() == [True] * 5 + [False] * 43
-    (drawn,) = family.generate(three, [PicturePrompt(word * 2, steps=1)], 1)
+    assert token_masks(three, ["cat"])[0].tolist() == [True] * 5 + [False] * 43
+    (drawn,) = generate(family, three, [PicturePrompt(word * 2, steps=1)])
     assert drawn.size == (32, 32)
 
 
 def test_pictures_drawn_together_are_those_drawn_alone(tiny: Path) -> None:
     family, model = families.load(str(tiny), torch.float32, CPU)
     prompts = [PicturePrompt("a cat", "b" * n, seed=n, steps=2, width=64 if n == 2 else None) for n in range(5)]
-    together, alone = family.generate(model, prompts, 3), family.generate(model, prompts, 1)
+    together, alone = generate(family, model, prompts, 3), generate(family, model, prompts)
     assert [picture.size for picture in together] == [(64 if n == 2 else 32, 32) for n in range(5)]
     for one, other in zip(together, alone, strict=True):
         assert max(high for _, high in ImageChops.difference(one, other).getextrema()) <= 1
@@ -89,9 +94,9 @@ def test_pictures_drawn_together_are_those_drawn_alone(tiny: Path) -> None:
 
 
 def test_latents_have_the_models_scale(tiny: Path) -> None:
-    family, model = families.load(str(tiny), torch.float32, CPU)
+    _, model = families.load(str(tiny), torch.float32, CPU)
     pixels = torch.rand(2, 3, 32, 48) * 2 - 1
-    mean, std = family.encode_images(model, pixels)
+    mean, std = encode_images(model, pixels)
     assert mean.shape == std.shape == (2, 4, 16, 24)
     posterior = model.vae.encode(pixels).latent_dist
     torch.testing.assert_close(mean, posterior.mean * model.vae.config.scaling_factor)
@@ -171,5 +176,5 @@ def test_saved_bytes_counts_what_autograd_keeps() -> None:
 
 def test_pictures_are_rgb(tiny: Path) -> None:
     family, model = families.load(str(tiny), torch.float32, CPU)
-    (drawn,) = family.generate(model, [PicturePrompt("a", steps=1)], 1)
+    (drawn,) = generate(family, model, [PicturePrompt("a", steps=1)])
     assert isinstance(drawn, Image.Image) and drawn.mode == "RGB"

@@ -28,9 +28,11 @@ from sdlora.lora.matched import expected_rate, matched_rate, next_direction
 from sdlora.lora.targets import find_targets, inject, seeded_generator
 from sdlora.models import families
 from sdlora.models.family import Model
+from sdlora.models.images import encode_images
 
 PICTURES = Path(__file__).parent.parent.parent / "datasets" / "fish"
 BETAS, EPS, BATCH = (0.9, 0.99), 1e-8, 4
+SIZES = torch.zeros(1, 6)  # SD 1.x does not look at them
 GROUPS = {"unet": ("attention", "feed_forward", "projection", "resnet"), "text_encoder": ("attention", "feed_forward")}
 
 
@@ -61,7 +63,7 @@ def start(names: Sequence[str] | None = None) -> tuple[Model, dict[str, str], Ca
     family, model = families.load("mini", torch.float32, torch.device("cpu"))
     found = {name: path for part, module in model.parts.items() for name, path in find_targets(part, module, GROUPS[part]).items()}
     pictures = sorted(PICTURES.glob("*.png"))
-    latents, _ = family.encode_images(model, torch.stack([images.to_tensor(images.decode(path)) for path in pictures]))
+    latents, _ = encode_images(model, torch.stack([images.to_tensor(images.decode(path)) for path in pictures]))
     captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in pictures]
     schedule = model.noise_schedule
 
@@ -71,7 +73,7 @@ def start(names: Sequence[str] | None = None) -> tuple[Model, dict[str, str], Ca
         noise = torch.randn(latents[rows].shape, generator=generator)
         timesteps = stratified([step * BATCH + k for k in range(BATCH)], 0, BATCH)
         noisy = schedule.add_noise(latents[rows], noise, timesteps)
-        predicted = family.predict(model, noisy, timesteps, family.encode_prompts(model, [captions[row] for row in rows]))
+        predicted = family.predict(model, noisy, timesteps, family.encode_prompts(model, [captions[row] for row in rows]), SIZES)
         return denoising_loss(predicted, noise, min_snr_weight(schedule.snr(timesteps), 5, schedule.prediction_type))
 
     return model, found if names is None else {name: found[name] for name in names}, loss_of
