@@ -26,7 +26,7 @@ from sdlora.lora.targets import (
     selects,
 )
 
-FROZEN = set((Path(__file__).parent / "names_sd15.txt").read_text().split())
+FROZEN = set((Path(__file__).parents[1] / "golden" / "names_sd1.txt").read_text().split())
 
 
 @pytest.fixture(scope="module")
