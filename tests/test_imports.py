@@ -18,6 +18,7 @@ LAYERS = [
     {"latents", "prompts"},
     {"objective", "export", "plan"},
     {"train"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

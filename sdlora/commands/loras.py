@@ -1,0 +1,50 @@
+"""`sdlora alphas`: what a LoRA file holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sdlora.commands import Commands
+from sdlora.commands.terminal import shown
+from sdlora.errors import ConfigError, WeightsError
+
+
+def add(commands: Commands) -> None:
+    command = commands.add_parser("alphas", help="show which layers a LoRA chose to change, by their learned alphas")
+    command.add_argument("file", type=Path, help="LoRA file")
+    command.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them, a row for each block")
+    command.set_defaults(call=alphas_command)
+
+
+def alphas_command(parsed: argparse.Namespace) -> int:
+    """A histogram over layers, then the layers that moved furthest from the median; a picture where one is asked for."""
+    from statistics import median
+
+    from sdlora.analysis import alphas as analysis
+    from sdlora.lora import formats
+
+    alphas = formats.read_alphas(parsed.file)
+    if not alphas:
+        raise WeightsError(f"{parsed.file} has no alphas: it holds no low-rank layers.")
+    middle, low, high = median(alphas.values()), min(alphas.values()), max(alphas.values())
+    print(f"{len(alphas)} layers: alpha {low:.4g} to {high:.4g}, median {middle:.4g}")
+    if parsed.plot:
+        try:
+            analysis.plot(alphas, parsed.plot, f"{parsed.file.name}: what each layer learned")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--plot: cannot draw {parsed.plot}: {error}.") from None
+        print(f"Picture: {shown(parsed.plot)}")
+    if low == high:
+        print("All alike: this file's alphas were not learned.")
+        return 0
+    rows = analysis.histogram(alphas)
+    most = max(count for *_, count in rows)
+    for left, right, count in rows:
+        print(f"{left:9.4g} .. {right:9.4g}  {'#' * round(40 * count / most):40}  {count}")
+    ordered = sorted(alphas.items(), key=lambda item: item[1])
+    for title, shown_rows in (("Changed most", ordered[::-1][:10]), ("Changed least", ordered[:10])):
+        print(f"\n{title}:")
+        for name, alpha in shown_rows:
+            print(f"{alpha:9.4g}  {name}")
+    return 0

@@ -1,0 +1,36 @@
+"""What all commands tell a user alike: paths, sizes, how to call the program again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+def program() -> str:
+    """How this user can call us again: by name where a shell would find it."""
+    if shutil.which("sdlora"):
+        return "sdlora"
+    called = Path(sys.argv[0])
+    return f"{shown(Path(sys.executable))} -m sdlora" if called.suffix == ".py" else str(shown(called.absolute()))
+
+
+def shown(path: Path) -> Path:
+    """Relative to where the user stands, where that is shorter."""
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def size(of: int) -> str:
+    """Bytes, for people."""
+    return f"{of / 2**30:.2f} GiB" if of >= 2**30 else f"{of / 2**20:.1f} MiB"
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of libraries would tear our own bar; what matters comes as an error or an event."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

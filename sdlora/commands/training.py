@@ -1,0 +1,172 @@
+"""`sdlora train`, `resume` and `plan`: a run followed on the terminal, and what it would train."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sdlora import config, events
+from sdlora import run as runs
+from sdlora.commands import OPTION_HELP, Commands
+from sdlora.commands.terminal import program, quiet_libraries, shown
+
+
+def add(commands: Commands) -> None:
+    command = commands.add_parser("train", help="train a LoRA", description="Train a LoRA. " + OPTION_HELP, allow_abbrev=False)
+    command.add_argument("config", nargs="*", type=Path, help="TOML files, later ones over earlier ones")
+    command.set_defaults(call=train_command)
+
+    command = commands.add_parser("resume", help="go on with a run that was stopped or killed")
+    command.add_argument("run", type=Path, help="run folder")
+    command.set_defaults(call=resume_command)
+
+    command = commands.add_parser(
+        "plan", help="show what a config would train, layer by layer", description="Train nothing. " + OPTION_HELP, allow_abbrev=False
+    )
+    command.add_argument("config", nargs="*", type=Path, help="TOML files, later ones over earlier ones")
+    command.set_defaults(call=plan_command)
+
+
+def train_command(parsed: argparse.Namespace) -> int:
+    run = runs.create(config.load(parsed.config, parsed.flags))
+    return follow_training(run)
+
+
+def resume_command(parsed: argparse.Namespace) -> int:
+    run = runs.open_run(parsed.run)
+    run.stop_file.unlink(missing_ok=True)
+    return follow_training(run)
+
+
+def follow_training(run: runs.Run) -> int:
+    quiet_libraries()
+    logging.basicConfig(filename=run.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.captureWarnings(True)
+    print(f"Run folder: {shown(run.folder)}", flush=True)
+    print("Loading the model ...", flush=True)
+    with stop_on_signals(run):
+        from sdlora.train import train
+
+        for line in render(events.record(train(run), run.events), run):
+            print(line, flush=True)
+    return 0
+
+
+def plan_command(parsed: argparse.Namespace) -> int:
+    chosen = config.load(parsed.config, parsed.flags)
+    quiet_libraries()
+    from sdlora.plan import plan
+
+    found = plan(chosen)
+    width = max(len(layer.name) for layer in found.layers)
+    print(f"{'layer':{width}}  {'shape':>16}  rank  scale     down rate  up rate   parameters")
+    for layer in found.layers:
+        shape = "x".join(map(str, layer.shape))
+        rates = f"{layer.down_rate:<9.3g}  {layer.up_rate:<8.3g}"
+        rank, scale = layer.rank or "full", "-" if layer.scale is None else f"{layer.scale:.4g}"
+        print(f"{layer.name:{width}}  {shape:>16}  {rank:>4}  {scale:<8}  {rates}  {layer.parameters:>10,}")
+    shares = ", ".join(f"{share:.1%} of {part.replace('_', ' ')}" for part, share in found.adapted_weights.items())
+    print(f"\n{len(found.layers)} layers, {sum(layer.parameters for layer in found.layers):,} parameters, init {found.init}")
+    print(f"Weights that adapters change: {shares}")
+    print(f"Learned alphas: {f'rate {found.alpha_rate:g} of where they start' if found.alpha_rate else 'none'}")
+    if found.unmatched:
+        print(f"Without an alpha in lora.alpha_from, so at lora.alpha: {', '.join(found.unmatched)}")
+    return 0
+
+
+# ---------------------------------------------------------------- events to text
+
+
+def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
+    """Lines to print; progress bars draw themselves on stderr."""
+    bar = filling = None
+    started, smooth, finished, grid, lost, alphas = 0, None, None, "", "", ""
+    for event in stream:
+        match event:
+            case events.Planned():
+                yield from plan_lines(event)
+            case events.Warned(message=message):
+                yield f"Warning: {message}"
+            case events.Cached():
+                if filling is None:
+                    filling = progress(event.total, event.done, event.of.rstrip("s"), f"Encoding {event.of}")
+                filling.update(event.done - filling.n)
+                if event.done == event.total:
+                    filling.close()
+                    filling = None
+            case events.Resumed(step=step):
+                started = step
+                yield f"Going on after step {step}."
+            case events.Stepped():
+                if bar is None:
+                    bar = progress(event.steps, started, "step", "Training")
+                smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
+                figures = f"loss {smooth:.4f}, rate {event.rate:.1e}, norm drift {event.embedding_norm_drift:.1%}{alphas}"
+                bar.set_postfix_str(figures, refresh=False)
+                bar.update()
+            case events.Measured(alphas=found) if found:
+                alphas = f", alpha {found[2]:.3g} ({found[0]:.3g} to {found[-1]:.3g})"
+            case events.Previewed(path=path):
+                grid = path
+            case events.Exported() if event.lost:
+                lost = f"The file is the nearest of its rank: it leaves out {event.lost:.2%} of the change, most of {event.worst}."
+            case events.Stopped(step=step):
+                finished = f"Stopped after step {step}; all is saved. Go on with: {program()} resume {shown(run.folder)}"
+            case events.Finished(path=path):
+                prompt = run.config.preview.prompts[0].split(" --")[0] if run.config.preview.prompts else "your prompt"
+                pictures = f"Before and after: {shown(Path(grid))}   " if grid else ""
+                again = f'{program()} generate "{prompt}" --base {run.config.model.base} --lora {shown(Path(path))}'
+                finished = f"{pictures}LoRA: {shown(Path(path))}   Next: {again}"
+    for shown_bar in (filling, bar):
+        if shown_bar is not None:
+            shown_bar.close()
+    if lost:
+        yield lost
+    if finished:
+        yield finished
+
+
+def progress(total: int, initial: int, unit: str, title: str) -> Any:
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True, desc=title)
+
+
+def plan_lines(plan: events.Planned) -> Iterator[str]:
+    repeats = f" x {plan.repeats} repeats" if plan.repeats > 1 else ""
+    yield f"Base model   {plan.base} on {plan.device}"
+    yield f"Pictures     {plan.images}{repeats} in buckets {', '.join(f'{size} ({n})' for size, n in sorted(plan.buckets.items()))}"
+    yield f"Steps        {plan.steps} of {plan.batch_size} pictures; {plan.steps_per_epoch} an epoch, {plan.epochs:g} epochs"
+    layers = ", ".join(f"{n} of {part.replace('_', ' ')}" for part, n in plan.layers.items())
+    yield f"Adapters     {layers}; {plan.trainable_parameters:,} parameters"
+    yield f"Memory       about {plan.memory_bytes / 2**30:.1f} GiB at the peak"
+
+
+# ---------------------------------------------------------------- processes
+
+
+@contextmanager
+def stop_on_signals(run: runs.Run) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the run to stop after its step; the second ends the process at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if run.asked_to_stop():
+            os._exit(128 + number)
+        run.ask_to_stop()
+        print("\nStopping after this step; once more to quit at once.", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
