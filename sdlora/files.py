@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 DRAFT_PREFIX = ".tmp-"  # of the name of a file that is being written
 
@@ -11,10 +14,17 @@ DRAFT_PREFIX = ".tmp-"  # of the name of a file that is being written
 def write_durably(path: Path, data: bytes) -> None:
     """Put `data` at `path`: in one step for whoever reads it, and on the disk itself when this returns. Raises OSError, and leaves
     nothing behind then."""
+    with draft_of(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that is put at `path` as `write_durably` does when the block ends, and vanishes if it fails."""
     draft = path.with_name(f"{DRAFT_PREFIX}{os.getpid()}-{path.name}")
     try:
         with draft.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
