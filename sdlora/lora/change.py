@@ -72,28 +72,66 @@ def input_norms(weight: Tensor) -> Tensor:
     return squares.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def truncate(change: Change, base: Tensor, rank: int | None = None, kept: float = 0.9999) -> tuple[Factors, float]:
-    """The nearest plain LoRA of at most `rank`, or of as many ranks as keep the share `kept` of the squared norm, and its error:
-    the norm of what is left out over the norm of the change. Eckart & Young 1936; the bias is not looked at.
+class Triplets(NamedTuple):
+    """Singular triplets of a change as a matrix, largest first."""
+
+    u: Tensor  # (O, K)
+    s: Tensor  # (K,)
+    vh: Tensor  # (K, I)
+
+    def energy(self) -> Tensor:
+        """Squared singular values, in double precision: what they add up to is the squared norm."""
+        return self.s.double().square()
+
+    def rank_for(self, kept: float) -> int:
+        """The fewest that hold the share `kept` of the squared norm; 1 at least."""
+        # summed from the smallest: beside a large sum they would be lost
+        left_out = self.energy().flip(0).cumsum(0).flip(0)[1:]
+        return 1 + int((left_out > (1 - kept) * self.energy().sum()).sum())
+
+    def factors(self, rank: int, shape: tuple[int, ...]) -> tuple[Factors, float]:
+        """The nearest LoRA of this rank, or of all triplets where they are fewer, for a weight of this shape (Eckart & Young 1936), with
+        alpha = rank, and its error: the norm of what is left out over the norm of the change."""
+        energy = self.energy()
+        rank = min(rank, len(energy))
+        root = self.s[:rank].sqrt()
+        down = (root[:, None] * self.vh[:rank]).float().view(rank, *shape[1:]).contiguous()
+        up = (self.u[:, :rank] * root).float().view(-1, rank, *[1] * (len(shape) - 2)).contiguous()
+        error = math.sqrt(float(energy[rank:].sum() / energy.sum())) if energy.any() else 0.0
+        return Factors(down, up, float(rank)), error
+
+
+def triplets_of_factors(factors: Factors) -> Triplets:
+    """As many as the LoRA has ranks, in double precision. The small matrices of two QR decompositions have the product's singular values:
+    no (O, I) matrix is made."""
+    q_up, r_up = torch.linalg.qr(factors.up.double().flatten(1))
+    q_down, r_down = torch.linalg.qr(factors.down.double().flatten(1).T)
+    u, s, vh = torch.linalg.svd(factors.alpha / factors.down.shape[0] * r_up @ r_down.T)
+    return Triplets(q_up @ u, s, vh @ q_down.T)
+
+
+def triplets_of_matrix(delta: Tensor) -> Triplets:
+    """Of (O, I) or (O, I, kh, kw), in fp32.
+
+    From the eigenvectors of the smaller Gram matrix, onto which the matrix is projected: of any rank the result is as near as the best
+    there is to seven digits, and all of them together give the matrix back. For 1280 x 11520 this takes a tenth of the time of a full
+    SVD in double precision; a randomised SVD is hardly faster where the spectrum is as flat as a fine-tuned model's, and less near.
     """
-    if change.is_plain and change.factors is not None:
-        # The small matrices of two QR decompositions have the product's singular values: no (O, I) matrix is made.
-        q_up, r_up = torch.linalg.qr(change.factors.up.double().flatten(1))
-        q_down, r_down = torch.linalg.qr(change.factors.down.double().flatten(1).T)
-        u, s, vh = torch.linalg.svd(change.factors.alpha / change.factors.down.shape[0] * r_up @ r_down.T)
-        u, vh = q_up @ u, vh @ q_down.T
-    else:
-        u, s, vh = torch.linalg.svd(change.delta(base).cpu().double().flatten(1), full_matrices=False)
-    energy = s.square()
-    if rank is None:
-        # What rounding left behind does not count as a rank.
-        missing = energy.sum() - energy.cumsum(0)
-        rank = 1 + int((missing > (1 - kept) * energy.sum()).sum())
-    rank = min(rank, len(s))
-    root = s[:rank].sqrt()
-    down, up = (root[:, None] * vh[:rank]).float(), (u[:, :rank] * root).float()
-    total = float(energy.sum())
-    error = math.sqrt(float(energy[rank:].sum()) / total) if total else 0.0
-    down = down.view(rank, *base.shape[1:]).contiguous()
-    up = up[:, :, None, None].contiguous() if base.dim() == 4 else up.contiguous()
-    return Factors(down, up, float(rank)), error
+    matrix = delta.float().flatten(1)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix).eigenvectors.flip(1)  # (K, K)
+    projected = vectors.T @ matrix if wide else (matrix @ vectors).T  # (K, other side), rows of length s
+    s = projected.double().norm(dim=1).float()
+    # rounding may have left vectors of nearly equal values in another order
+    order = s.argsort(descending=True, stable=True)
+    vectors, s = vectors[:, order], s[order]
+    others = projected[order] / s.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return Triplets(vectors, s, others) if wide else Triplets(others.T, s, vectors.T)
+
+
+def truncate(change: Change, base: Tensor, rank: int | None = None, kept: float = 0.9999) -> tuple[Factors, float]:
+    """The nearest plain LoRA of at most `rank`, or of as many ranks as keep the share `kept` of the squared norm, and its error, see
+    `Triplets.factors`. The bias is not looked at."""
+    plain = change.is_plain and change.factors is not None
+    triplets = triplets_of_factors(change.factors) if plain and change.factors else triplets_of_matrix(change.delta(base).cpu())
+    return triplets.factors(triplets.rank_for(kept) if rank is None else rank, base.shape)

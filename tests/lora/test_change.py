@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdlora.lora.change import Change, Factors, input_norms, truncate
+from sdlora.lora.change import Change, Factors, Triplets, input_norms, triplets_of_matrix, truncate
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -73,3 +73,23 @@ def test_a_lora_is_truncated_as_its_product_would_be(shape: tuple[int, ...]) -> 
     exact, nothing = truncate(Change(factors), torch.zeros(shape), 5)
     torch.testing.assert_close(exact.delta(), factors.delta(), atol=1e-4, rtol=1e-4)
     assert nothing < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 4, 3, 3)])
+def test_triplets_of_a_matrix_are_those_of_its_svd(shape: tuple[int, ...]) -> None:
+    matrix = random(*shape)
+    u, s, vh = triplets_of_matrix(matrix)
+    torch.testing.assert_close(s, torch.linalg.svdvals(matrix.flatten(1)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((u * s) @ vh, matrix.flatten(1), atol=1e-5, rtol=1e-5)
+    for vectors in (u.T, vh):
+        torch.testing.assert_close(vectors @ vectors.T, torch.eye(len(s)), atol=1e-4, rtol=0)
+
+
+def test_the_fewest_ranks_that_keep_a_share() -> None:
+    # energies 16, 9, 4, 1 of 30: one rank keeps 53 %, two 83 %, three 97 %
+    triplets = Triplets(torch.eye(4), torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.eye(4))
+    assert [triplets.rank_for(kept) for kept in (0.0, 0.5, 0.6, 0.84, 0.97, 1.0)] == [1, 1, 2, 3, 4, 4]
+    factors, error = triplets.factors(2, (4, 4))
+    assert factors.alpha == 2 and error == pytest.approx((5 / 30) ** 0.5)
+    torch.testing.assert_close(factors.delta(), torch.diag(torch.tensor([4.0, 3.0, 0.0, 0.0])))
+    assert triplets.factors(9, (4, 4))[0].down.shape == (4, 4)
