@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,25 @@ def draft_of(path: Path) -> Iterator[BinaryIO]:
     finally:
         draft.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def draft_of_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill with durable files that becomes `path` when the block ends, and vanishes if it fails."""
+    draft = path.with_name(f"{DRAFT_PREFIX}{os.getpid()}-{path.name}")
+    draft.mkdir()
+    try:
+        yield draft
+        sync_folder(draft)
+        os.replace(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def copy_durably(source: str | Path, target: str | Path) -> None:
+    with open(source, "rb") as file, draft_of(Path(target)) as out:
+        shutil.copyfileobj(file, out)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,6 +48,29 @@ class Change:
     def is_plain(self) -> bool:
         """A plain LoRA: the kind of change that every program applies rightly."""
         return self.factors is not None and self.dora_scale is None and self.weight is None and self.bias is None
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Of the weight that is changed, as far as the change can tell: a LoRA of a 1x1 convolution fits a linear layer, too."""
+        if self.weight is not None:
+            return tuple(self.weight.shape)
+        return None if self.factors is None else (len(self.factors.up), *self.factors.down.shape[1:])
+
+    def fits(self, weight: Sequence[int], bias: Sequence[int] | None) -> bool:
+        """Whether a module with a weight and a bias of these shapes can be changed so."""
+        factors, outputs, inputs = self.factors, weight[0], weight[1:]
+        return not (
+            (
+                factors is not None
+                and (
+                    factors.up.shape[1] != factors.down.shape[0]
+                    or (len(factors.up), factors.down[0].numel()) != (outputs, math.prod(inputs))
+                )
+            )
+            or (self.dora_scale is not None and tuple(self.dora_scale.shape) != (1, inputs[0], *[1] * (len(inputs) - 1)))
+            or (self.weight is not None and tuple(self.weight.shape) != tuple(weight))
+            or (self.bias is not None and (bias is None or tuple(self.bias.shape) != tuple(bias)))
+        )
 
     def delta(self, base: Tensor) -> Tensor:
         """Change of a weight `base`, fp32."""
