@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from sdlora.commands import Commands
-from sdlora.commands.terminal import quiet_libraries
+from sdlora.commands.terminal import positive, quiet_libraries
+from sdlora.config import TOKENS_A_CHUNK
 from sdlora.errors import ConfigError
+
+MAX_TOKENS = (75, 150, 225)
 
 
 def add(commands: Commands) -> None:
@@ -20,6 +24,15 @@ def add(commands: Commands) -> None:
     command.add_argument("--prompts", type=Path, help="file with one prompt a line")
     command.add_argument("--base", default="mini", help="base model: a folder, or 'mini' (default)")
     command.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA file, as trained or from elsewhere")
+    command.add_argument(
+        "--clip-skip",
+        type=positive,
+        metavar="N",
+        help="text encoder's layer to hear, from the last, 1 (default: what the first LoRA says, or 1)",
+    )
+    command.add_argument(
+        "--max-tokens", type=int, choices=MAX_TOKENS, help="tokens of a prompt that are heard (default: what the first LoRA says, or 75)"
+    )
     command.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures (default: pictures)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -46,12 +59,17 @@ def generate_command(parsed: argparse.Namespace) -> int:
 
     prompts = [preview.parse_prompt(line, steps=20, guidance=7.0) for line in lines]
     files = [split_strength(text) for text in parsed.lora]
-    loaded = [(formats.load(path)[0], strength) for path, strength in files]
-    family, model = families.load(parsed.base, DTYPES[parsed.precision], pick_device(parsed.device))
+    loaded = [(*formats.load(path), strength) for path, strength in files]
+    clip_skip, max_tokens = as_trained(loaded[0][1] if loaded else {})
+    clip_skip, max_tokens = parsed.clip_skip or clip_skip, parsed.max_tokens or max_tokens
+    device, chunks = pick_device(parsed.device), max_tokens // TOKENS_A_CHUNK
+    family, model = families.load(parsed.base, DTYPES[parsed.precision], device, clip_skip=clip_skip, chunks=chunks)
     for prompt in prompts:
         preview.check_size(prompt, model.size_multiple)
-    for changes, strength in loaded:
+    for changes, _, strength in loaded:
         formats.merge(model.parts, changes, strength)
+    if (clip_skip, max_tokens) != (1, TOKENS_A_CHUNK):
+        print(f"Clip skip {clip_skip}, prompts of {max_tokens} tokens")
     parsed.out.mkdir(parents=True, exist_ok=True)
     used = "".join(f" <lora:{path.stem}:{strength:g}>" for path, strength in files)
     number = 1 + max((int(p.stem) for p in parsed.out.glob("*.png") if p.stem.isdigit()), default=-1)
@@ -61,6 +79,15 @@ def generate_command(parsed: argparse.Namespace) -> int:
         preview.save_picture(picture, path, prompt, model=Path(parsed.base).name, lora=used)
         print(f"{path}  {prompt.text}", flush=True)
     return 0
+
+
+def as_trained(metadata: Mapping[str, str]) -> tuple[int, int]:
+    """Clip skip and the longest prompt that a LoRA file says it was trained with; what it does not say is as usual. SDXL has no choice
+    of layers, and what kohya's scripts write there means nothing."""
+    skip, longest = metadata.get("ss_clip_skip", ""), metadata.get("ss_max_token_length", "")  # "None" where it was not set
+    is_xl = metadata.get("ss_base_model_version", "").startswith("sdxl")
+    clip_skip = int(skip) if skip.isdigit() and not is_xl else 1
+    return max(clip_skip, 1), int(longest) if longest in map(str, MAX_TOKENS) else TOKENS_A_CHUNK
 
 
 def split_strength(text: str) -> tuple[Path, float]:
