@@ -16,6 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from sdlora.errors import WeightsError
+from sdlora.lora.names import diffusers_path
 from sdlora.lora.targets import readable_name
 from sdlora.tensorfile import Header, read_header, read_tensor
 
@@ -28,23 +29,6 @@ TEXT_ENCODER_PREFIXES = {
 }
 FAMILIES_OF_FOLDERS = {"StableDiffusionPipeline": ("sd1", "sd2"), "StableDiffusionXLPipeline": ("sdxl",)}
 
-UNET_ENDS = {
-    "input_blocks.0.0": "conv_in",
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
 OPEN_CLIP = {
     "attn.out_proj": "self_attn.out_proj",
     "mlp.c_fc": "mlp.fc1",
@@ -92,6 +76,16 @@ class Checkpoint:
         with place.file.open("rb") as file:
             return place.of(read_tensor(file, self.headers[place.file], place.key))
 
+    def prediction_type(self) -> str | None:
+        """epsilon or v_prediction; None for a single file that does not say: one of SD 2.x may be either."""
+        if self.path.is_dir():
+            config = json.loads((self.path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+            return str(config.get("prediction_type", "epsilon"))
+        header = self.headers[self.path]
+        if "v_pred" in header.entries or header.metadata.get("modelspec.prediction_type") == "v":
+            return "v_prediction"
+        return None if self.family == "sd2" else "epsilon"
+
     def modules(self) -> list[str]:
         """Readable names of all that has a weight."""
         return [name.removesuffix(".weight") for name in self.places if name.endswith(".weight")]
@@ -109,8 +103,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise WeightsError(f"{path} is not a checkpoint of SD 1.x, SD 2.x or SDXL with its UNet and text encoders.")
     places = {}
     for key in header.entries:
-        if key.startswith(UNET_PREFIX) and (own := diffusers_path(key.removeprefix(UNET_PREFIX))) is not None:
-            places[f"unet.{own}"] = Place(path, key)
+        if key.startswith(UNET_PREFIX):
+            module, _, end = key.removeprefix(UNET_PREFIX).rpartition(".")
+            places[f"unet.{diffusers_path(module)}.{end}"] = Place(path, key)
         for part, prefix in TEXT_ENCODER_PREFIXES[family].items():
             if key.startswith(prefix):
                 inner = key.removeprefix(prefix)
@@ -121,28 +116,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _has(header: Header, prefix: str) -> bool:
     return any(key.startswith(prefix) for key in header.entries)
-
-
-def diffusers_path(path: str) -> str | None:
-    """A parameter's path in an original UNet -> its path in diffusers'; None for what is no part of the network.
-
-    `input_blocks.4.1.proj_in.weight` -> `down_blocks.1.attentions.0.proj_in.weight`. Levels have three running numbers each: on the way
-    down two blocks and what makes the picture smaller, on the way up three blocks, the last also making it larger.
-    """
-    module, _, end = path.rpartition(".")
-    if module in UNET_ENDS:
-        return f"{UNET_ENDS[module]}.{end}"
-    if found := re.fullmatch(r"middle_block\.([012])\.(.+)", module):
-        number, inner = int(found[1]), found[2]
-        return f"mid_block.attentions.0.{inner}.{end}" if number == 1 else f"mid_block.resnets.{number // 2}.{RESNET[inner]}.{end}"
-    if not (found := re.fullmatch(r"(input|output)_blocks\.(\d+)\.\d\.(.+)", module)):
-        return None
-    down, inner = found[1] == "input", found[3]
-    level, number = divmod(int(found[2]) - down, 3)
-    block = f"{'down' if down else 'up'}_blocks.{level}"
-    if inner in ("op", "conv"):
-        return f"{block}.{'downsamplers' if down else 'upsamplers'}.0.conv.{end}"
-    return f"{block}.resnets.{number}.{RESNET[inner]}.{end}" if inner in RESNET else f"{block}.attentions.{number}.{inner}.{end}"
 
 
 def open_clip_places(file: Path, key: str, path: str) -> Iterator[tuple[str, Place]]:
@@ -156,7 +129,7 @@ def open_clip_places(file: Path, key: str, path: str) -> Iterator[tuple[str, Pla
         layer = f"text_model.encoder.layers.{number}"
         if inner == "attn.in_proj":
             yield from ((f"{layer}.self_attn.{of}_proj.{end}", Place(file, key, third)) for third, of in enumerate("qkv"))
-        else:
+        elif inner in OPEN_CLIP:
             yield f"{layer}.{OPEN_CLIP[inner]}.{end}", Place(file, key)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build_model
 
 from sdlora.errors import WeightsError
-from sdlora.lora.checkpoints import diffusers_path, open_checkpoint
+from sdlora.lora.checkpoints import open_checkpoint
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -47,25 +47,17 @@ def test_pieces_and_variants_of_a_folder(tmp_path: Path) -> None:
     assert all(torch.equal(checkpoint.read(f"unet.{key}"), tensor) for key, tensor in tensors.items())
 
 
-@pytest.mark.parametrize(
-    ("original", "diffusers"),
-    [  # as read off the networks of SD 1.5 and SDXL
-        ("input_blocks.4.1.proj_in.weight", "down_blocks.1.attentions.0.proj_in.weight"),
-        ("input_blocks.9.0.op.bias", "down_blocks.2.downsamplers.0.conv.bias"),
-        ("input_blocks.11.0.skip_connection.weight", "down_blocks.3.resnets.1.conv_shortcut.weight"),
-        ("middle_block.2.out_layers.3.weight", "mid_block.resnets.1.conv2.weight"),
-        ("output_blocks.2.1.conv.weight", "up_blocks.0.upsamplers.0.conv.weight"),
-        ("output_blocks.2.2.conv.weight", "up_blocks.0.upsamplers.0.conv.weight"),
-        (
-            "output_blocks.11.1.transformer_blocks.0.attn2.to_out.0.bias",
-            "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_out.0.bias",
-        ),
-        ("label_emb.0.2.bias", "add_embedding.linear_2.bias"),
-        ("diffusion_model.nothing", None),
-    ],
-)
-def test_paths(original: str, diffusers: str | None) -> None:
-    assert diffusers_path(original) == diffusers
+def test_the_prediction_type_is_read_or_left_open(tmp_path: Path) -> None:
+    assert open_checkpoint(build_model(tmp_path / "v", "v_prediction")).prediction_type() == "v_prediction"
+    found = {}
+    for family in ("sd1", "sd2", "sdxl"):
+        original = build_original(tmp_path / f"{family}.safetensors", family)
+        found[family] = open_checkpoint(original.path).prediction_type()
+    assert found == {"sd1": "epsilon", "sd2": None, "sdxl": "epsilon"}
+    save_file(original.tensors | {"v_pred": torch.zeros(0)}, original.path)  # how SDXL's files say it
+    assert open_checkpoint(original.path).prediction_type() == "v_prediction"
+    save_file(original.tensors, original.path, {"modelspec.prediction_type": "v"})
+    assert open_checkpoint(original.path).prediction_type() == "v_prediction"
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
