@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.files import write_durably
+from sdlora.files import copy_durably, draft_of_folder, write_durably
 
 
 def test_the_file_is_replaced_as_a_whole_and_whoever_reads_the_old_one_keeps_it(tmp_path: Path) -> None:
@@ -48,3 +48,15 @@ def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_return(tm
     monkeypatch.setattr(os, "replace", lambda a, b: (told.append("name"), replace(a, b))[1])
     write_durably(tmp_path / "a", b"x")
     assert told == ["file", "name", "folder"][: 3 if os.name == "posix" else 2]
+
+
+def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"x")
+    with draft_of_folder(tmp_path / "a") as draft:
+        copy_durably(tmp_path / "source", draft / "b")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a" / "b").read_bytes() == b"x"
+    with pytest.raises(KeyError), draft_of_folder(tmp_path / "c") as draft:
+        copy_durably(tmp_path / "source", draft / "b")
+        raise KeyError
+    assert sorted(os.listdir(tmp_path)) == ["a", "source"]
