@@ -1,11 +1,13 @@
-"""`sdlora alphas`: what a LoRA file holds."""
+"""`sdlora alphas` and `resize`: what a LoRA file holds, and less of it."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from sdlora.commands import Commands
+from sdlora.commands.layers import add_limit, add_target, limit_of, limit_said, target_of, tell, tell_total
 from sdlora.commands.terminal import shown
 from sdlora.errors import ConfigError, WeightsError
 
@@ -15,6 +17,12 @@ def add(commands: Commands) -> None:
     command.add_argument("file", type=Path, help="LoRA file")
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw them, a row for each block")
     command.set_defaults(call=alphas_command)
+
+    command = commands.add_parser("resize", help="cut a LoRA to a lower rank, of each layer or of what it needs")
+    command.add_argument("file", type=Path, help="LoRA file")
+    add_limit(command)
+    add_target(command)
+    command.set_defaults(call=resize_command)
 
 
 def alphas_command(parsed: argparse.Namespace) -> int:
@@ -47,4 +55,27 @@ def alphas_command(parsed: argparse.Namespace) -> int:
         print(f"\n{title}:")
         for name, alpha in shown_rows:
             print(f"{alpha:9.4g}  {name}")
+    return 0
+
+
+def resize_command(parsed: argparse.Namespace) -> int:
+    limit = limit_of(parsed)
+    if limit is None:
+        raise ConfigError("Say how much to keep of the file: --rank 16, --kept-energy 0.99 or --max-error 0.05.")
+    with target_of(parsed) as target:
+        from sdlora.lora import lorafile
+        from sdlora.lora.metadata import file_metadata
+        from sdlora.lora.resize import Cut, resize
+
+        file = lorafile.read(parsed.file, folded=True)
+        alpha = float(min(parsed.rank or file.rank(), file.rank()) or 1)
+        cuts: list[Cut] = []
+
+        def metadata(rank: int) -> dict[str, Any]:
+            about = lorafile.shared_metadata([file]) | file_metadata(parsed.out.stem, rank, alpha)
+            return about | {"sdlora_resized": {"from": parsed.file.name, **limit_said(parsed)}}
+
+        layers = ((name, *resize(name, change, limit)) for name, change in file.changes.items())
+        lorafile.write(target, tell(layers, file.stems.__getitem__, cuts), alpha, metadata)
+        tell_total(cuts)
     return 0

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from sdlora.commands import Commands
+from sdlora.commands import Commands, strengths
 from sdlora.commands.terminal import positive, quiet_libraries
 from sdlora.config import TOKENS_A_CHUNK
 from sdlora.errors import ConfigError
@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
     command.add_argument("prompt", nargs="*", help="what to draw")
     command.add_argument("--prompts", type=Path, help="file with one prompt a line")
     command.add_argument("--base", default="mini", help="base model: a folder, or 'mini' (default)")
-    command.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA file, as trained or from elsewhere")
+    command.add_argument("--lora", action="append", default=[], metavar=strengths.METAVAR, help=strengths.HELP)
     command.add_argument(
         "--clip-skip",
         type=positive,
@@ -52,26 +52,29 @@ def generate_command(parsed: argparse.Namespace) -> int:
         raise ConfigError("There is no prompt: write one in quotes, or name a file with --prompts.")
 
     from sdlora import preview
-    from sdlora.lora import formats
+    from sdlora.lora import formats, lorafile
     from sdlora.models import families
     from sdlora.models.device import DTYPES, pick_device
     from sdlora.models.sampling import generate
 
     prompts = [preview.parse_prompt(line, steps=20, guidance=7.0) for line in lines]
-    files = [split_strength(text) for text in parsed.lora]
-    loaded = [(*formats.load(path), strength) for path, strength in files]
-    clip_skip, max_tokens = as_trained(loaded[0][1] if loaded else {})
+    wanted = [strengths.parse(text) for text in parsed.lora]
+    files = [lorafile.read(of.path, folded=False) for of in wanted]
+    clip_skip, max_tokens = as_trained(files[0].metadata if files else {})
     clip_skip, max_tokens = parsed.clip_skip or clip_skip, parsed.max_tokens or max_tokens
     device, chunks = pick_device(parsed.device), max_tokens // TOKENS_A_CHUNK
     family, model = families.load(parsed.base, DTYPES[parsed.precision], device, clip_skip=clip_skip, chunks=chunks)
     for prompt in prompts:
         preview.check_size(prompt, model.size_multiple)
-    for changes, _, strength in loaded:
-        formats.merge(model.parts, changes, strength)
+    for of, file in zip(wanted, files, strict=True):
+        own = of.strengths(file.changes)
+        for strength in set(own.values()):
+            changes = {file.stems[name]: change for name, change in file.changes.items() if own[name] == strength}
+            formats.merge(model.parts, changes, strength)
     if (clip_skip, max_tokens) != (1, TOKENS_A_CHUNK):
         print(f"Clip skip {clip_skip}, prompts of {max_tokens} tokens")
     parsed.out.mkdir(parents=True, exist_ok=True)
-    used = "".join(f" <lora:{path.stem}:{strength:g}>" for path, strength in files)
+    used = "".join(f" <lora:{of.path.stem}:{of.strength:g}>" for of in wanted)
     number = 1 + max((int(p.stem) for p in parsed.out.glob("*.png") if p.stem.isdigit()), default=-1)
     for offset, prompt in enumerate(prompts):
         path = parsed.out / f"{number + offset:05d}.png"
@@ -88,14 +91,3 @@ def as_trained(metadata: Mapping[str, str]) -> tuple[int, int]:
     is_xl = metadata.get("ss_base_model_version", "").startswith("sdxl")
     clip_skip = int(skip) if skip.isdigit() and not is_xl else 1
     return max(clip_skip, 1), int(longest) if longest in map(str, MAX_TOKENS) else TOKENS_A_CHUNK
-
-
-def split_strength(text: str) -> tuple[Path, float]:
-    """`file.safetensors:0.8` -> file and strength; a Windows drive's colon is left alone."""
-    head, colon, tail = text.rpartition(":")
-    if colon and not Path(text).exists():
-        try:
-            return Path(head), float(tail)
-        except ValueError:
-            pass
-    return Path(text), 1.0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sdlora.lora.change import Change, Factors
+from sdlora.lora.lorafile import LoraFile, check_alike
+from sdlora.lora.resize import Cut, Limit, resize
 from sdlora.lora.targets import seeded_generator
 
 Weighted = tuple[Change, float]
@@ -22,6 +24,18 @@ class Thinning:
     drop: float = 0.0  # share of each delta's numbers that DARE drops
     trim: float | None = None  # share that TIES keeps, the largest; None for a plain sum
     seed: int = 0
+
+
+def combine(
+    files: Sequence[LoraFile], strengths: Sequence[Mapping[str, float]], thinning: Thinning | None, limit: Limit | None
+) -> Iterator[tuple[str, Change, Cut | None]]:
+    """Every layer of any of the files with the sum of their changes, each times its strength, exactly where there is neither thinning
+    nor limit; with what the limit cut off. Raises WeightsError where the files are for different models."""
+    check_alike(files)
+    for name in dict.fromkeys(name for file in files for name in file.changes):
+        changes = [(file.changes[name], own[name]) for file, own in zip(files, strengths, strict=True) if name in file.changes]
+        change = concatenate(changes) if thinning is None else thin_out(name, changes, thinning)
+        yield name, *((change, None) if limit is None else resize(name, change, limit))
 
 
 def concatenate(changes: Sequence[Weighted]) -> Change:

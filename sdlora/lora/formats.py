@@ -40,22 +40,25 @@ def webui_name(name: str) -> str:
 
 def to_tensors(changes: Mapping[str, Change], alpha: float) -> dict[str, Tensor]:
     """Readable names -> the tensors of a WebUI file, fp32, with this alpha for every low-rank layer."""
+    return {key: tensor for name, change in changes.items() for key, tensor in layer_tensors(webui_name(name), change, alpha).items()}
+
+
+def layer_tensors(stem: str, change: Change, alpha: float) -> dict[str, Tensor]:
+    """The tensors of one layer, whose name in the file is `stem`."""
     tensors = {}
-    for name, change in changes.items():
-        key = webui_name(name)
-        if change.factors is not None:
-            down, up, own = change.factors
-            tensors[f"{key}.lora_down.weight"] = down.float().contiguous()
-            tensors[f"{key}.lora_up.weight"] = (up.float() * (own / alpha)).contiguous()
-            tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-        is_norm = change.weight is not None and change.weight.dim() == 1
-        for suffix, tensor in (
-            ("dora_scale", change.dora_scale),
-            ("w_norm" if is_norm else "diff", change.weight),
-            ("b_norm" if is_norm else "diff_b", change.bias),
-        ):
-            if tensor is not None:
-                tensors[f"{key}.{suffix}"] = tensor.float().contiguous()
+    if change.factors is not None:
+        down, up, own = change.factors
+        tensors[f"{stem}.lora_down.weight"] = down.float().contiguous()
+        tensors[f"{stem}.lora_up.weight"] = (up.float() * (own / alpha)).contiguous()
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    is_norm = change.weight is not None and change.weight.dim() == 1
+    for suffix, tensor in (
+        ("dora_scale", change.dora_scale),
+        ("w_norm" if is_norm else "diff", change.weight),
+        ("b_norm" if is_norm else "diff_b", change.bias),
+    ):
+        if tensor is not None:
+            tensors[f"{stem}.{suffix}"] = tensor.float().contiguous()
     return tensors
 
 

@@ -46,6 +46,18 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Parts of a model under one name.
+WHOLE: dict[str, tuple[str, ...]] = {
+    "unet": ("unet",),
+    "down": ("unet.down_blocks",),
+    "mid": ("unet.mid_block",),
+    "up": ("unet.up_blocks",),
+    "te": ("text_encoder", "text_encoder_2"),
+    "te1": ("text_encoder",),
+    "te2": ("text_encoder_2",),
+}
+
+
 def groups_of(names: Collection[str]) -> list[str]:
     """Groups for a list of groups and presets, each once."""
     return list(dict.fromkeys(group for name in names for group in PRESETS.get(name, (name,))))
@@ -106,7 +118,7 @@ def by_layer(option: str, names: Sequence[str], values: Mapping[str, Value], own
 
 
 def selects(selector: str, name: str) -> bool:
-    """Whether a glob, a block (`down.0`, `mid`, `up.1-3`, `te.0-5`, `te2.0-5`) or a group (`attention`, `unet.resnet`) names this layer."""
+    """Whether a glob, a block (`down.0`, `mid`, `te2.0-5`, see block_globs) or a group (`attention`, `unet.resnet`) names this layer."""
     part, _, path = name.partition(".")
     of_part, _, group = selector.rpartition(".")
     patterns = UNET_GROUPS if part == "unet" else TEXT_ENCODER_GROUPS
@@ -116,13 +128,14 @@ def selects(selector: str, name: str) -> bool:
 
 
 def block_globs(text: str) -> list[str]:
-    """Shorthand for a block as globs: `down.0`, `mid`, `up.1-3`, `te.0-5`, `te2.0-5`; anything else is a glob already."""
-    found = re.fullmatch(r"(?:(mid)|(down|up|te2?)\.(\d+)(?:-(\d+))?)", text)
+    """Shorthand for a block as globs: `down.0`, `mid`, `up.1-3`, `te.0-5`, `te2.0-5`, or all of `down`, `up`, `unet`, `te1`, `te2`, and
+    `te` for every text encoder; anything else is a glob already."""
+    if text in WHOLE:
+        return [f"{path}.*" for path in WHOLE[text]]
+    found = re.fullmatch(r"(down|up|te2?)\.(\d+)(?:-(\d+))?", text)
     if not found:
         return [text]
-    mid, block, first, last = found.groups()
-    if mid:
-        return ["unet.mid_block.*"]
+    block, first, last = found.groups()
     path = {"te": "text_encoder.text_model.encoder.layers", "te2": "text_encoder_2.text_model.encoder.layers"}.get(
         block, f"unet.{block}_blocks"
     )

@@ -30,8 +30,9 @@ def read(base: Checkpoint, tuned: Checkpoint, parameter: str) -> torch.Tensor:
 def test_at_full_rank_it_is_the_difference(tmp_path: Path, family: str) -> None:
     base, tuned = pair(tmp_path, family)
     found, remainder = {}, Remainder()
-    for module, factors, cut in extract(base, tuned, EVERYTHING, Limit(), None, remainder):
-        found[module] = factors
+    for module, change, cut in extract(base, tuned, EVERYTHING, Limit(), None, remainder):
+        found[module] = factors = change.factors
+        assert factors is not None
         difference = read(base, tuned, f"{module}.weight")
         torch.testing.assert_close(factors.delta().view_as(difference), difference, rtol=1e-5, atol=1e-6)
         assert factors.down.shape[1:] == difference.shape[1:] and cut.error < 1e-5
@@ -44,10 +45,10 @@ def test_at_full_rank_it_is_the_difference(tmp_path: Path, family: str) -> None:
 
 def test_below_it_is_the_nearest_of_its_rank(tmp_path: Path) -> None:
     base, tuned = pair(tmp_path, "sd1")
-    for module, factors, cut in extract(base, tuned, ["attention"], Limit(rank=2), None, Remainder()):
-        difference = read(base, tuned, f"{module}.weight")
+    for module, change, cut in extract(base, tuned, ["attention"], Limit(rank=2), None, Remainder()):
+        factors, difference = change.factors, read(base, tuned, f"{module}.weight")
         singular = torch.linalg.svdvals(difference)
-        assert cut.rank == 2 and cut.error == pytest.approx(float(singular[2:].norm() / singular.norm()), rel=1e-4)
+        assert factors is not None and cut.rank == 2 and cut.error == pytest.approx(float(singular[2:].norm() / singular.norm()), rel=1e-4)
         assert float((factors.delta() - difference).norm()) == pytest.approx(float(singular[2:].norm()), rel=1e-4)
     cuts = [cut for *_, cut in extract(base, tuned, ["attention"], Limit(kept=0.9), None, Remainder())]
     assert all(cut.error**2 <= 0.1 + 1e-6 for cut in cuts) and len({cut.rank for cut in cuts}) > 1
@@ -77,7 +78,8 @@ def test_what_rounding_alone_can_do_is_no_difference(tmp_path: Path) -> None:
     remainder = Remainder()
     found = [module for module, *_ in extract(*checkpoints, EVERYTHING, Limit(), None, remainder)]
     assert found == ["unet.mid_block.attentions.0.proj_in"] and len(remainder.same) > 50
-    assert not list(extract(*checkpoints, EVERYTHING, Limit(), 0.02, Remainder()))
+    with pytest.raises(WeightsError, match="there is nothing to extract"):
+        list(extract(*checkpoints, EVERYTHING, Limit(), 0.02, Remainder()))
     assert len(list(extract(*checkpoints, EVERYTHING, Limit(), 0.0, Remainder()))) == 1 + len(remainder.same)
 
 

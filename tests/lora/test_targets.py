@@ -130,7 +130,9 @@ def test_the_last_matching_glob_wins() -> None:
         ("up.3", ["unet.up_blocks.3.*"]),
         ("te.0-1", ["text_encoder.text_model.encoder.layers.0.*", "text_encoder.text_model.encoder.layers.1.*"]),
         ("unet.down_blocks.0.*", ["unet.down_blocks.0.*"]),
-        ("down", ["down"]),
+        ("down", ["unet.down_blocks.*"]),
+        ("te", ["text_encoder.*", "text_encoder_2.*"]),
+        ("downs", ["downs"]),
     ],
 )
 def test_block_shorthand(text: str, globs: list[str]) -> None:
