@@ -37,7 +37,16 @@ class Adapted:
 def load_model(config: Config) -> tuple[Family, Model]:
     """The base model, set up to encode prompts as asked. Raises WeightsError."""
     device, chunks = pick_device(config.train.device), config.data.max_tokens // TOKENS_A_CHUNK
-    return families.load(config.model.base, DTYPES[config.train.precision], device, clip_skip=config.model.clip_skip, chunks=chunks)
+    options = config.model
+    return families.load(
+        options.base,
+        DTYPES[config.train.precision],
+        device,
+        clip_skip=options.clip_skip,
+        chunks=chunks,
+        vae=options.vae,
+        prediction_type=options.prediction_type,
+    )
 
 
 def adapt(model: Model, config: Config, statistics: Statistics | None = None) -> Adapted:

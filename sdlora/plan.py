@@ -94,6 +94,7 @@ def describe(config: Config, model: Model, items: Sequence[Item], plan: BatchPla
         memory_bytes=estimate_memory(config, model, trainable, largest),
         device=str(model.device),
         base=config.model.base,
+        assumed=list(model.notes),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from sdlora import config
@@ -37,6 +36,7 @@ def data_check_command(parsed: argparse.Namespace) -> int:
     from sdlora.data import check
     from sdlora.data.images import colour
     from sdlora.items import find_items
+    from sdlora.models.tokenizer import tokenizer_of
 
     refusal = None
     try:
@@ -52,10 +52,11 @@ def data_check_command(parsed: argparse.Namespace) -> int:
             return 1
     places = [(item.example, item.placed) for item in items]
     seen = check.looks(list({example.path: None for example, _ in places}))
-    tokenizer = Path(chosen.model.base) / "tokenizer"
-    tokens = token_counter(tokenizer) if tokenizer.is_dir() else check.about_tokens
-    report = check.check(places, skipped, tokens=tokens, max_tokens=chosen.data.max_tokens, seen=seen, refusal=refusal)
-    for line in check.lines(report, about=not tokenizer.is_dir()):
+    tokenizer = tokenizer_of(chosen.model.base)
+    report = check.check(
+        places, skipped, tokens=lambda text: len(tokenizer.tokenize(text)), max_tokens=chosen.data.max_tokens, seen=seen, refusal=refusal
+    )
+    for line in check.lines(report):
         print(line)
     for path in sheets:
         from sdlora.data.sheet import draw_sheet
@@ -64,11 +65,3 @@ def data_check_command(parsed: argparse.Namespace) -> int:
         draw_sheet(places, colour(chosen.data.background)).save(path)
         print(f"Sheet: {shown(path)}")
     return 1 if refusal else 0
-
-
-def token_counter(folder: Path) -> Callable[[str], int]:
-    """Tokens of a text without the marks of start and end, by the tokenizer in `folder`."""
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    return lambda text: len(tokenizer.tokenize(text))

@@ -22,7 +22,9 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("prompt", nargs="*", help="what to draw")
     command.add_argument("--prompts", type=Path, help="file with one prompt a line")
-    command.add_argument("--base", default="mini", help="base model: a folder, or 'mini' (default)")
+    command.add_argument("--base", default="mini", help="base model, as model.base: a .safetensors file, a folder, or 'mini' (default)")
+    command.add_argument("--vae", help="another VAE than the base's own: a .safetensors file, or a folder")
+    command.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help="what the base predicts (default: what it says)")
     command.add_argument("--lora", action="append", default=[], metavar=strengths.METAVAR, help=strengths.HELP)
     command.add_argument(
         "--clip-skip",
@@ -63,7 +65,17 @@ def generate_command(parsed: argparse.Namespace) -> int:
     clip_skip, max_tokens = as_trained(files[0].metadata if files else {})
     clip_skip, max_tokens = parsed.clip_skip or clip_skip, parsed.max_tokens or max_tokens
     device, chunks = pick_device(parsed.device), max_tokens // TOKENS_A_CHUNK
-    family, model = families.load(parsed.base, DTYPES[parsed.precision], device, clip_skip=clip_skip, chunks=chunks)
+    family, model = families.load(
+        parsed.base,
+        DTYPES[parsed.precision],
+        device,
+        clip_skip=clip_skip,
+        chunks=chunks,
+        vae=parsed.vae,
+        prediction_type=parsed.prediction_type,
+    )
+    for line in model.notes:
+        print(f"Assumed: {line}")
     for prompt in prompts:
         preview.check_size(prompt, model.size_multiple)
     for of, file in zip(wanted, files, strict=True):

@@ -144,6 +144,7 @@ def progress(total: int, initial: int, unit: str, title: str) -> Any:
 def plan_lines(plan: events.Planned) -> Iterator[str]:
     repeats = f" x {plan.repeats} repeats" if plan.repeats > 1 else ""
     yield f"Base model   {plan.base} on {plan.device}"
+    yield from (f"Assumed      {note}" for note in plan.assumed)
     yield f"Pictures     {plan.images}{repeats} in buckets {', '.join(f'{size} ({n})' for size, n in sorted(plan.buckets.items()))}"
     yield f"Steps        {plan.steps} of {plan.batch_size} pictures; {plan.steps_per_epoch} an epoch, {plan.epochs:g} epochs"
     layers = ", ".join(f"{n} of {part.replace('_', ' ')}" for part, n in plan.layers.items())
