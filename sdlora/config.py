@@ -431,6 +431,16 @@ class OutputOptions(Section):
     largest_rank: Annotated[int, Field(ge=1, le=2048)] | None = Field(
         None, description="Largest rank of a layer in a plain file, the error told; unset: as trained, or what keeps 99.99 % of the energy."
     )
+    save_precision: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32", description="Of the numbers in the file: 'fp16' and 'bf16' halve it, and round what was learned to 3 or 2 digits."
+    )
+    metadata: Literal["full", "minimal", "none"] = Field(
+        "full",
+        description="What the file says of itself. 'minimal': what programs need to apply and show it, without captions, folders, options, "
+        "dates or the base's name; 'none': its family alone. Only 'full' can be another run's lora.alpha_from.",
+    )
+    author: str = Field("", description="Who made the LoRA, as the file says it.")
+    licence: str = Field("", description="Under which terms it may be used, as the file says it.")
     runs: Path = Field(Path("runs"), description="Where run folders are made.")
     name: str = Field("lora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Name of the run and of the exported file.")
 

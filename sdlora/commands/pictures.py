@@ -61,28 +61,28 @@ def generate_command(parsed: argparse.Namespace) -> int:
 
     prompts = [preview.parse_prompt(line, steps=20, guidance=7.0) for line in lines]
     wanted = [strengths.parse(text) for text in parsed.lora]
-    files = [lorafile.read(of.path, folded=False) for of in wanted]
-    clip_skip, max_tokens = as_trained(files[0].metadata if files else {})
-    clip_skip, max_tokens = parsed.clip_skip or clip_skip, parsed.max_tokens or max_tokens
-    device, chunks = pick_device(parsed.device), max_tokens // TOKENS_A_CHUNK
-    family, model = families.load(
-        parsed.base,
-        DTYPES[parsed.precision],
-        device,
-        clip_skip=clip_skip,
-        chunks=chunks,
-        vae=parsed.vae,
-        prediction_type=parsed.prediction_type,
-    )
-    for line in model.notes:
-        print(f"Assumed: {line}")
-    for prompt in prompts:
-        preview.check_size(prompt, model.size_multiple)
-    for of, file in zip(wanted, files, strict=True):
-        own = of.strengths(file.changes)
-        for strength in set(own.values()):
-            changes = {file.stems[name]: change for name, change in file.changes.items() if own[name] == strength}
-            formats.merge(model.parts, changes, strength)
+    with lorafile.opened([of.path for of in wanted], folded=False) as files:
+        clip_skip, max_tokens = as_trained(files[0].metadata if files else {})
+        clip_skip, max_tokens = parsed.clip_skip or clip_skip, parsed.max_tokens or max_tokens
+        device, chunks = pick_device(parsed.device), max_tokens // TOKENS_A_CHUNK
+        family, model = families.load(
+            parsed.base,
+            DTYPES[parsed.precision],
+            device,
+            clip_skip=clip_skip,
+            chunks=chunks,
+            vae=parsed.vae,
+            prediction_type=parsed.prediction_type,
+        )
+        for line in model.notes:
+            print(f"Assumed: {line}")
+        for prompt in prompts:
+            preview.check_size(prompt, model.size_multiple)
+        for of, file in zip(wanted, files, strict=True):
+            own = of.strengths(file.layers)
+            for strength in set(own.values()):
+                changes = {name: file.change(name) for name in file.layers if own[name] == strength}
+                formats.merge(model.parts, changes, strength, model.family)
     if (clip_skip, max_tokens) != (1, TOKENS_A_CHUNK):
         print(f"Clip skip {clip_skip}, prompts of {max_tokens} tokens")
     parsed.out.mkdir(parents=True, exist_ok=True)

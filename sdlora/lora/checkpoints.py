@@ -18,7 +18,7 @@ from torch import Tensor
 from sdlora.errors import WeightsError
 from sdlora.lora.names import diffusers_path
 from sdlora.lora.targets import readable_name
-from sdlora.tensorfile import Header, read_header, read_tensor
+from sdlora.tensors import Header, read_header, read_tensor
 
 UNET_PREFIX = "model.diffusion_model."
 # Family -> part -> what its keys begin with. A file is of the first family of which it has every text encoder.

@@ -35,6 +35,7 @@ def load(
     schedule = NoiseSchedule(found.scheduler.alphas_cumprod.to(device), found.scheduler.config.prediction_type)
     config = {**found.scheduler.config, "clip_sample": False}  # a pixel-space habit that pipelines warn of
     model = Model(
+        family=family.name,
         parts={"unet": found.unet, **dict(zip(names, found.text_encoders, strict=True))},
         vae=found.vae,
         tokenizers=dict(zip(names, found.tokenizers, strict=True)),

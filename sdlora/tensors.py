@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdlora.errors import WeightsError
-from sdlora.files import draft_of
+from sdlora.files import durable
 
 DTYPES = {
     "F64": torch.float64,
@@ -91,7 +91,7 @@ def rewrite(
     """Copy `source` to `target` with this metadata and with what `change` makes of the tensors `names`, of the same shape and dtype; all
     other tensors are copied byte for byte, and all keep their order. Raises OSError, and leaves nothing behind then."""
     header = read_header(source)
-    with source.open("rb") as file, draft_of(target) as out:
+    with source.open("rb") as file, durable(target) as out:
         out.write(header_bytes(header.entries, metadata))
         for name, entry in header.entries.items():
             if name not in names:
@@ -131,7 +131,7 @@ def body_of(path: Path) -> Iterator[Body]:
         body = Body(file)
         yield body
         file.seek(0)
-        with draft_of(path) as out:
+        with durable(path) as out:
             out.write(header_bytes(body.entries, body.metadata))
             shutil.copyfileobj(file, out, PIECE)
 
