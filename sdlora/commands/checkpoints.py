@@ -10,7 +10,7 @@ from typing import Any
 
 from sdlora.commands import Commands, strengths
 from sdlora.commands.layers import add_limit, add_target, limit_of, limit_said, target_of, tell, tell_total
-from sdlora.commands.terminal import share
+from sdlora.commands.terminal import say, share
 from sdlora.errors import ConfigError
 
 
@@ -66,20 +66,20 @@ def fold(parsed: argparse.Namespace, wanted: list[strengths.Wanted]) -> int:
         from sdlora.lora.merge import Source, changed_parameters, merge
 
         checkpoint = open_checkpoint(parsed.base)
-        print(f"Checkpoint: {checkpoint.path}, {checkpoint.family}")
+        say(f"Checkpoint: {checkpoint.path}, {checkpoint.family}")
         sources, notes = [], []
         for of in wanted:
             file = lorafile.read(of.path, folded=False)
             source = Source(str(of.path), file.changes, of.strengths(file.changes))
             sources.append(source)
             notes.append(note(of, file.metadata))
-            print(f"LoRA: {of.path}, {told_strengths(source.strengths)}")
+            say(f"LoRA: {of.path}, {told_strengths(source.strengths)}")
         parameters = changed_parameters(checkpoint, sources)
         total = sum(len(header.entries) for header in checkpoint.headers.values())
-        print(f"Changed: {len({checkpoint.places[name][:2] for name in parameters})} of {total} tensors")
+        say(f"Changed: {len({checkpoint.places[name][:2] for name in parameters})} of {total} tensors")
         if target is not None:
             for part, size in merge(checkpoint, sources, target, notes).items():
-                print(f"{part.replace('_', ' ')}: its changed weights moved by {size.share():.3%} of their norm")
+                say(f"{part.replace('_', ' ')}: its changed weights moved by {size.share():.3%} of their norm")
     return 0
 
 
@@ -97,7 +97,7 @@ def join(parsed: argparse.Namespace, wanted: list[strengths.Wanted]) -> int:
         files = [lorafile.read(of.path, folded=True) for of in wanted]
         own = [of.strengths(file.changes) for of, file in zip(wanted, files, strict=True)]
         for file, of in zip(files, own, strict=True):
-            print(f"LoRA: {file.path}, {told_strengths(of)}, rank {file.rank()}")
+            say(f"LoRA: {file.path}, {told_strengths(of)}, rank {file.rank()}")
         stems = {name: stem for file in reversed(files) for name, stem in file.stems.items()}
         thinning = Thinning(parsed.dare or 0.0, parsed.ties, parsed.seed) if thins else None
         alpha = float(parsed.rank or max(1, sum(file.rank() for file in files)))
@@ -130,7 +130,7 @@ def extract_command(parsed: argparse.Namespace) -> int:
         from sdlora.lora.resize import Cut
 
         base, tuned = open_checkpoint(parsed.base), open_checkpoint(parsed.tuned)
-        print(f"{base.family}: {tuned.path} - {base.path}")
+        say(f"{base.family}: {tuned.path} - {base.path}")
         remainder, cuts = Remainder(), list[Cut]()
         alpha = float(parsed.rank or 1)
         made = {"base": base.path.name, "tuned": tuned.path.name, "layers": parsed.layers, **limit_said(parsed)}
@@ -144,7 +144,7 @@ def extract_command(parsed: argparse.Namespace) -> int:
         tell_total(cuts)
         squares = math.fsum(cut.norm**2 for cut in cuts)
         if remainder.squares:
-            print(
+            say(
                 f"Not in these layers: {len(remainder.same)} that hardly differ and {len(remainder.others)} other parameters, with "
                 f"{math.sqrt(remainder.squares / (squares + remainder.squares)):.3%} of the whole difference"
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdlora.commands import Commands
 from sdlora.commands.layers import add_limit, add_target, limit_of, limit_said, target_of, tell, tell_total
-from sdlora.commands.terminal import shown
+from sdlora.commands.terminal import say, shown
 from sdlora.errors import ConfigError, WeightsError
 
 
@@ -36,25 +36,26 @@ def alphas_command(parsed: argparse.Namespace) -> int:
     if not alphas:
         raise WeightsError(f"{parsed.file} has no alphas: it holds no low-rank layers.")
     middle, low, high = median(alphas.values()), min(alphas.values()), max(alphas.values())
-    print(f"{len(alphas)} layers: alpha {low:.4g} to {high:.4g}, median {middle:.4g}")
+    say(f"{len(alphas)} layers: alpha {low:.4g} to {high:.4g}, median {middle:.4g}")
     if parsed.plot:
         try:
             analysis.plot(alphas, parsed.plot, f"{parsed.file.name}: what each layer learned")
         except (OSError, ValueError) as error:
             raise ConfigError(f"--plot: cannot draw {parsed.plot}: {error}.") from None
-        print(f"Picture: {shown(parsed.plot)}")
+        say(f"Picture: {shown(parsed.plot)}")
     if low == high:
-        print("All alike: this file's alphas were not learned.")
+        say("All alike: this file's alphas were not learned.")
         return 0
     rows = analysis.histogram(alphas)
     most = max(count for *_, count in rows)
     for left, right, count in rows:
-        print(f"{left:9.4g} .. {right:9.4g}  {'#' * round(40 * count / most):40}  {count}")
+        say(f"{left:9.4g} .. {right:9.4g}  {'#' * round(40 * count / most):40}  {count}")
     ordered = sorted(alphas.items(), key=lambda item: item[1])
     for title, shown_rows in (("Changed most", ordered[::-1][:10]), ("Changed least", ordered[:10])):
-        print(f"\n{title}:")
+        say()
+        say(f"{title}:")
         for name, alpha in shown_rows:
-            print(f"{alpha:9.4g}  {name}")
+            say(f"{alpha:9.4g}  {name}")
     return 0
 
 

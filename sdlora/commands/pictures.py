@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdlora.commands import Commands, strengths
-from sdlora.commands.terminal import positive, quiet_libraries
+from sdlora.commands.terminal import positive, quiet_libraries, say
 from sdlora.config import TOKENS_A_CHUNK
 from sdlora.errors import ConfigError
 
@@ -84,7 +84,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
             changes = {file.stems[name]: change for name, change in file.changes.items() if own[name] == strength}
             formats.merge(model.parts, changes, strength)
     if (clip_skip, max_tokens) != (1, TOKENS_A_CHUNK):
-        print(f"Clip skip {clip_skip}, prompts of {max_tokens} tokens")
+        say(f"Clip skip {clip_skip}, prompts of {max_tokens} tokens")
     parsed.out.mkdir(parents=True, exist_ok=True)
     used = "".join(f" <lora:{of.path.stem}:{of.strength:g}>" for of in wanted)
     number = 1 + max((int(p.stem) for p in parsed.out.glob("*.png") if p.stem.isdigit()), default=-1)
@@ -92,7 +92,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
         path = parsed.out / f"{number + offset:05d}.png"
         (picture,) = generate(family, model, [prompt])
         preview.save_picture(picture, path, prompt, model=Path(parsed.base).name, lora=used)
-        print(f"{path}  {prompt.text}", flush=True)
+        say(f"{path}  {prompt.text}")
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from sdlora import config, events
 from sdlora import run as runs
 from sdlora.commands import OPTION_HELP, Commands
-from sdlora.commands.terminal import program, quiet_libraries, shown
+from sdlora.commands.terminal import program, quiet_libraries, say, shown
 
 
 def add(commands: Commands) -> None:
@@ -50,13 +50,13 @@ def follow_training(run: runs.Run) -> int:
     quiet_libraries()
     logging.basicConfig(filename=run.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     logging.captureWarnings(True)
-    print(f"Run folder: {shown(run.folder)}", flush=True)
-    print("Loading the model ...", flush=True)
+    say(f"Run folder: {shown(run.folder)}")
+    say("Loading the model ...")
     with stop_on_signals(run):
         from sdlora.train import train
 
         for line in render(events.record(train(run), run.events), run):
-            print(line, flush=True)
+            say(line)
     return 0
 
 
@@ -67,18 +67,19 @@ def plan_command(parsed: argparse.Namespace) -> int:
 
     found = plan(chosen)
     width = max(len(layer.name) for layer in found.layers)
-    print(f"{'layer':{width}}  {'shape':>16}  rank  scale     down rate  up rate   parameters")
+    say(f"{'layer':{width}}  {'shape':>16}  rank  scale     down rate  up rate   parameters")
     for layer in found.layers:
         shape = "x".join(map(str, layer.shape))
         rates = f"{layer.down_rate:<9.3g}  {layer.up_rate:<8.3g}"
         rank, scale = layer.rank or "full", "-" if layer.scale is None else f"{layer.scale:.4g}"
-        print(f"{layer.name:{width}}  {shape:>16}  {rank:>4}  {scale:<8}  {rates}  {layer.parameters:>10,}")
+        say(f"{layer.name:{width}}  {shape:>16}  {rank:>4}  {scale:<8}  {rates}  {layer.parameters:>10,}")
     shares = ", ".join(f"{share:.1%} of {part.replace('_', ' ')}" for part, share in found.adapted_weights.items())
-    print(f"\n{len(found.layers)} layers, {sum(layer.parameters for layer in found.layers):,} parameters, init {found.init}")
-    print(f"Weights that adapters change: {shares}")
-    print(f"Learned alphas: {f'rate {found.alpha_rate:g} of where they start' if found.alpha_rate else 'none'}")
+    say()
+    say(f"{len(found.layers)} layers, {sum(layer.parameters for layer in found.layers):,} parameters, init {found.init}")
+    say(f"Weights that adapters change: {shares}")
+    say(f"Learned alphas: {f'rate {found.alpha_rate:g} of where they start' if found.alpha_rate else 'none'}")
     if found.unmatched:
-        print(f"Without an alpha in lora.alpha_from, so at lora.alpha: {', '.join(found.unmatched)}")
+        say(f"Without an alpha in lora.alpha_from, so at lora.alpha: {', '.join(found.unmatched)}")
     return 0
 
 
