@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from sdlora.errors import TrainingError, WeightsError
 from sdlora.files import write_durably
 from sdlora.lora.change import Change, Factors
 from sdlora.lora.targets import readable_name
+from sdlora.tensorfile import read
 
 LEARNED_ALPHAS = "sdlora_learned_alphas"  # JSON: module's name in the file -> alpha
 LEARNED_SCALES = "sdlora_learned_scales"  # the same -> what the product of the matrices was multiplied by in training
@@ -96,14 +97,7 @@ def save(path: Path, changes: Mapping[str, Change], alpha: float, metadata: Mapp
 
 def load(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
     """Changes by WebUI name (without suffix), and metadata. A missing alpha means scale 1. Raises WeightsError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except FileNotFoundError:
-        raise WeightsError(f"There is no file {path}.") from None
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable .safetensors file: {error}.") from None
+    tensors, metadata = read(path)
     changes = {}
     for key in sorted({k.partition(".")[0] for k in tensors}):
 
@@ -115,6 +109,8 @@ def load(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
         if f"{key}.lora_down.weight" in tensors and f"{key}.lora_up.weight" in tensors:
             down, up, alpha = take("lora_down.weight"), take("lora_up.weight"), take("alpha")
             assert down is not None and up is not None
+            if down.dim() < 2 or up.dim() < 2 or not 0 < down.shape[0] == up.shape[1] or (alpha is not None and alpha.numel() != 1):
+                raise WeightsError(f"{path}: the matrices of {key} do not fit together.")
             factors = Factors(down, up, float(down.shape[0] if alpha is None else alpha))
         if factors is None and f"{key}.dora_scale" in tensors:
             raise WeightsError(f"{path}: {key} has DoRA's magnitude and not the matrices that belong to it.")
@@ -142,8 +138,11 @@ def read_scales(path: Path) -> dict[str, float]:
 
 def _learned(path: Path, metadata: Mapping[str, str], key: str, changes: Mapping[str, Change]) -> dict[str, float]:
     try:
-        return {name: float(value) for name, value in json.loads(metadata.get(key, "{}")).items() if name in changes}
-    except (ValueError, TypeError, AttributeError):
+        found = {name: float(value) for name, value in json.loads(metadata.get(key, "{}")).items() if name in changes}
+        if not all(map(math.isfinite, found.values())):
+            raise ValueError
+        return found
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise WeightsError(f"{path}: its metadata {key} is damaged.") from None
 
 

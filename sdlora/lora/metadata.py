@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+MOST_TAGS = 1000  # of a folder, the most frequent: headers of many MB are refused by readers
+
 
 def kohya_metadata(
     *,
@@ -26,7 +28,7 @@ def kohya_metadata(
     """All values strings. `training`: the `ss_` names of options that users look for, without the prefix. Captions, one a picture, and
     repeats by the folder's name."""
     tags = {
-        folder: dict(Counter(tag.strip() for caption in of for tag in re.split(r"[,\n]", caption) if tag.strip()).most_common())
+        folder: dict(Counter(tag.strip() for caption in of for tag in re.split(r"[,\n]", caption) if tag.strip()).most_common(MOST_TAGS))
         for folder, of in captions.items()
     }
     counted = Counter(buckets)
