@@ -7,16 +7,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdlora import config, events
 from sdlora import run as runs
 from sdlora.commands import OPTION_HELP, Commands
 from sdlora.commands.terminal import program, quiet_libraries, say, shown
+
+if TYPE_CHECKING:
+    from sdlora.processes import Processes
 
 
 def add(commands: Commands) -> None:
@@ -36,26 +39,48 @@ def add(commands: Commands) -> None:
 
 
 def train_command(parsed: argparse.Namespace) -> int:
-    run = runs.create(config.load(parsed.config, parsed.flags))
-    return follow_training(run)
+    chosen = config.load(parsed.config, parsed.flags)
+    return with_others(lambda: runs.create(chosen))
 
 
 def resume_command(parsed: argparse.Namespace) -> int:
-    run = runs.open_run(parsed.run)
-    run.stop_file.unlink(missing_ok=True)
-    return follow_training(run)
+    def opened() -> runs.Run:
+        run = runs.open_run(parsed.run)
+        run.stop_file.unlink(missing_ok=True)
+        return run
+
+    return with_others(opened)
 
 
-def follow_training(run: runs.Run) -> int:
+def with_others(find: Callable[[], runs.Run]) -> int:
+    """Train in the run that `find` makes or opens: alone, or with the other processes that torchrun has started."""
     quiet_libraries()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return follow_training(find())
+    from sdlora.processes import joined
+    from sdlora.train import train
+
+    with joined() as processes:
+        run = runs.Run(Path(processes.tell(str(find().folder) if processes.is_first else "")))
+        if processes.is_first:
+            return follow_training(run, processes)
+        for number in (signal.SIGINT, signal.SIGTERM):  # which the first process gets, too, and tells the others by and by
+            signal.signal(number, signal.SIG_IGN)
+        for _ in train(run, processes):
+            pass
+    return 0
+
+
+def follow_training(run: runs.Run, processes: Processes | None = None) -> int:
     logging.basicConfig(filename=run.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     logging.captureWarnings(True)
     say(f"Run folder: {shown(run.folder)}")
     say("Loading the model ...")
-    with stop_on_signals(run):
+    with stop_on_signals(run, at_once=processes is None):
+        from sdlora.processes import ALONE
         from sdlora.train import train
 
-        for line in render(events.record(train(run), run.events), run):
+        for line in render(events.record(train(run, processes or ALONE), run.events), run):
             say(line)
     return 0
 
@@ -157,12 +182,15 @@ def plan_lines(plan: events.Planned) -> Iterator[str]:
 
 
 @contextmanager
-def stop_on_signals(run: runs.Run) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the run to stop after its step; the second ends the process at once."""
+def stop_on_signals(run: runs.Run, at_once: bool) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the run to stop after its step; the second ends the process `at_once`, but under torchrun, which
+    passes a signal on that the process has got already, and kills after half a minute anyway."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         if run.asked_to_stop():
-            os._exit(128 + number)
+            if at_once:
+                os._exit(128 + number)
+            return
         run.ask_to_stop()
         print("\nStopping after this step; once more to quit at once.", file=sys.stderr, flush=True)
 
