@@ -30,6 +30,7 @@ from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
 from sdlora.plan import describe, write_pictures
+from sdlora.processes import ALONE, Processes
 from sdlora.prompts import BasePrompts
 from sdlora.run import Run
 
@@ -37,9 +38,10 @@ MATCH_EVERY = 10  # steps between two looks at matched rates, which move by a pe
 MEASURE_EVERY = 25  # steps between two looks at alphas and pinned prompts
 
 
-def train(run: Run) -> Iterator[events.Event]:
+def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     """Train, or go on from the newest checkpoint in the run folder. Raises SdloraError before the first step for what is wrong
-    with options, data or weights, and TrainingError when the loss is not finite."""
+    with options, data or weights, and TrainingError when the loss is not finite. Of several processes, all of which must call it, the
+    first alone draws and writes; what the others tell is of no interest."""
     config = run.config
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -49,11 +51,14 @@ def train(run: Run) -> Iterator[events.Event]:
     options = config.optimizer
     optimizers.check(options.algorithm, schedule=options.schedule, ema=options.ema, matched=options.matched)
     items, skipped = find_items(config)
-    plan = BatchPlan([item.placed.bucket for item in items], [item.repeats for item in items], config.train.batch_size, config.train.seed)
+    buckets, repeats, batch_size = [item.placed.bucket for item in items], [item.repeats for item in items], config.train.batch_size
+    plan = BatchPlan(buckets, repeats, batch_size * processes.count, config.train.seed)
 
     family, model = load_model(config)
     for prompt in prompts:
         preview.check_size(prompt, model.size_multiple)
+    if not processes.is_first:
+        prompts = []
     check_step(config, model)
     noise_schedule_of(model, config)  # refuses here what does not fit the model
 
@@ -87,7 +92,8 @@ def train(run: Run) -> Iterator[events.Event]:
         per_layer=options.matched,
     )
     average = Average(optimizer.parameters if options.ema else [], options.ema)  # of nothing where it is not asked for
-    write_pictures(run.plan, items)
+    if processes.is_first:
+        write_pictures(run.plan, items)
     yield describe(config, model, items, plan, layers)
     found = check(
         [(item.example, item.placed) for item in items],
@@ -98,13 +104,15 @@ def train(run: Run) -> Iterator[events.Event]:
     yield from warnings(config, skipped, short(found), adapted.unmatched, layers)
 
     of_base = BasePrompts(of_prompts, family, model, layers.values())
-    yield from until_stopped(run, latents.fill())
+    if processes.is_first:
+        yield from until_stopped(run, latents.fill())
+        yield from until_stopped(run, of_base.fill(prompts_of(config, items, trains_text(layers))))
+    processes.wait()
     set_aside(model, "vae")
-    yield from until_stopped(run, of_base.fill(prompts_of(config, items, trains_text(layers))))
     if not trains_text(layers) and all(fixed_caption(item.example.caption, item.rules) is not None for item in items):
         set_aside(model, *model.text_encoders)
 
-    objective = Objective(config, family, model, items, plan, latents, of_base, layers)
+    objective = Objective(config, family, model, items, plan, latents, of_base, layers, processes)
     step = restore(run, layers, optimizer, average)
     if step:
         yield events.Resumed(step)
@@ -113,7 +121,7 @@ def train(run: Run) -> Iterator[events.Event]:
             preview.draw(run, family, model, prompts, 0)
         yield events.Previewed(0, str(preview.save_grid(run, prompts, [("base model", 0)], "step-00000000.png")))
 
-    while step < config.train.steps and not run.asked_to_stop():
+    while step < config.train.steps and not processes.any(run.asked_to_stop()):
         began = time.perf_counter()
         text_rests = 0 < options.text_encoder_steps <= step
         losses = []
@@ -121,6 +129,7 @@ def train(run: Run) -> Iterator[events.Event]:
             loss = objective(step, part, text_rests)
             (loss.total / config.train.accumulation).backward()
             losses.append(loss)
+        processes.average(optimizer.parameters)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, options.max_grad_norm)
         if not norm.isfinite():
             raise TrainingError(
@@ -138,25 +147,28 @@ def train(run: Run) -> Iterator[events.Event]:
         if config.lora.merge_every and step % config.lora.merge_every == 0 and step < config.train.steps:
             fold(layers, config, step // config.lora.merge_every)
             optimizer.reset()
+        denoising, drift = processes.mean([mean(loss.denoising for loss in losses), mean(loss.drift for loss in losses)])
         yield events.Stepped(
             step,
             config.train.steps,
-            mean(loss.denoising for loss in losses),
+            denoising,
             optimizer.groups[0]["lr"],
-            mean(loss.drift for loss in losses),
-            max(loss.worst_drift for loss in losses),
+            drift,
+            processes.most(max(loss.worst_drift for loss in losses)),
             time.perf_counter() - began,
         )
         if step % MEASURE_EVERY == 0 or step == config.train.steps:
             yield events.Measured(step, alpha_quantiles(layers), objective.pinned_drift())
 
-        if config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step < config.train.steps:
+        if processes.is_first and config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step < config.train.steps:
             yield save(run, layers, optimizer, average, step)
         if prompts and config.preview.every and step % config.preview.every == 0 and step < config.train.steps:
             with as_exported(layers.values(), optimizer, average):
                 preview.draw(run, family, model, prompts, step)
             yield events.Previewed(step, str(preview.save_grid(run, prompts, [("LoRA", step)], f"step-{step:08d}.png")))
 
+    if not processes.is_first:
+        return
     yield save(run, layers, optimizer, average, step)
     with as_exported(layers.values(), optimizer, average):
         exported = export(run, family, model, items, layers, step)

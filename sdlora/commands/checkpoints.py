@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdlora.commands import Commands, strengths
 from sdlora.commands.layers import add_limit, add_target, limit_of, limit_said, target_of, tell, tell_total
-from sdlora.commands.terminal import share
+from sdlora.commands.terminal import say, share
 from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,16 +71,16 @@ def fold(parsed: argparse.Namespace, wanted: list[strengths.Wanted]) -> int:
     paths, suffix = [of.path for of in wanted], "" if parsed.base.is_dir() else ".safetensors"
     with target_of(parsed, suffix) as target, lorafile.opened(paths, folded=False) as files:
         checkpoint = open_checkpoint(parsed.base)
-        print(f"Checkpoint: {checkpoint.path}, {checkpoint.family}")
+        say(f"Checkpoint: {checkpoint.path}, {checkpoint.family}")
         own = strengths_of(wanted, files)
         sources = [Source(str(file.path), lorafile.Changes(file), of) for file, of in zip(files, own, strict=True)]
         notes = [note(of, file.metadata) for of, file in zip(wanted, files, strict=True)]
         parameters = changed_parameters(checkpoint, sources)
         total = sum(len(header.entries) for header in checkpoint.headers.values())
-        print(f"Changed: {len({checkpoint.places[name][:2] for name in parameters})} of {total} tensors")
+        say(f"Changed: {len({checkpoint.places[name][:2] for name in parameters})} of {total} tensors")
         if target is not None:
             for part, size in merge(checkpoint, sources, target, notes).items():
-                print(f"{part.replace('_', ' ')}: its changed weights moved by {size.share():.3%} of their norm")
+                say(f"{part.replace('_', ' ')}: its changed weights moved by {size.share():.3%} of their norm")
     return 0
 
 
@@ -120,7 +120,7 @@ def strengths_of(wanted: list[strengths.Wanted], files: list[LoraFile]) -> list[
     for of, file in zip(wanted, files, strict=True):
         own = of.strengths(file.layers)
         counts = ", ".join(f"{number} layers at {strength:g}" for strength, number in Counter(own.values()).items())
-        print(f"LoRA: {file.path}, {counts}")
+        say(f"LoRA: {file.path}, {counts}")
         found.append(own)
     return found
 
@@ -137,7 +137,7 @@ def extract_command(parsed: argparse.Namespace) -> int:
         raise ConfigError("Say how much of the difference to keep: --rank 64, --kept-energy 0.9 or --max-error 0.3.")
     with target_of(parsed) as target:
         base, tuned = open_checkpoint(parsed.base), open_checkpoint(parsed.tuned)
-        print(f"{base.family}: {tuned.path} - {base.path}")
+        say(f"{base.family}: {tuned.path} - {base.path}")
         remainder, cuts = Remainder(), list[Cut]()
         alpha = float(parsed.rank or 1)
         made = {"base": base.path.name, "tuned": tuned.path.name, "layers": parsed.layers, **limit_said(parsed)}
@@ -150,7 +150,7 @@ def extract_command(parsed: argparse.Namespace) -> int:
         tell_total(cuts, lorafile.write(target, tell(layers, cuts), base.family, alpha, metadata))
         squares = math.fsum(cut.norm**2 for cut in cuts)
         if remainder.squares:
-            print(
+            say(
                 f"Not in these layers: {len(remainder.same)} that hardly differ and {len(remainder.others)} other parameters, with "
                 f"{math.sqrt(remainder.squares / (squares + remainder.squares)):.3%} of the whole difference"
             )

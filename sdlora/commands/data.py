@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdlora import config
 from sdlora.commands import OPTION_HELP, Commands
-from sdlora.commands.terminal import quiet_libraries, shown
+from sdlora.commands.terminal import quiet_libraries, say, shown
 from sdlora.errors import DataError
 
 
@@ -48,7 +48,7 @@ def data_check_command(parsed: argparse.Namespace) -> int:
         try:
             items, skipped = find_items(chosen.model_copy(update={"data": chosen.data.model_copy(update=lenient)}))
         except DataError:
-            print(f"Training would refuse: {refusal}")
+            say(f"Training would refuse: {refusal}")
             return 1
     places = [(item.example, item.placed) for item in items]
     seen = check.looks(list({example.path: None for example, _ in places}))
@@ -57,11 +57,11 @@ def data_check_command(parsed: argparse.Namespace) -> int:
         places, skipped, tokens=lambda text: len(tokenizer.tokenize(text)), max_tokens=chosen.data.max_tokens, seen=seen, refusal=refusal
     )
     for line in check.lines(report):
-        print(line)
+        say(line)
     for path in sheets:
         from sdlora.data.sheet import draw_sheet
 
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(places, colour(chosen.data.background)).save(path)
-        print(f"Sheet: {shown(path)}")
+        say(f"Sheet: {shown(path)}")
     return 1 if refusal else 0

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdlora.commands.terminal import positive, share, shown, size
+from sdlora.commands.terminal import positive, say, share, shown, size
 from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def target_of(parsed: argparse.Namespace, suffix: str = ".safetensors") -> Itera
     except OSError as error:
         raise ConfigError(f"--out: cannot write {out}: {error.strerror or error}.") from None
     written = sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")))
-    print(f"Nothing written: {shown(out)} was a dry run" if parsed.dry_run else f"Written: {shown(out)}, {size(written)}")
+    say(f"Nothing written: {shown(out)} was a dry run" if parsed.dry_run else f"Written: {shown(out)}, {size(written)}")
 
 
 def tell(layers: Iterable[tuple[str, Change, Cut | None]], cuts: list[Cut]) -> Iterator[tuple[str, Change]]:
@@ -74,8 +74,8 @@ def tell(layers: Iterable[tuple[str, Change, Cut | None]], cuts: list[Cut]) -> I
     for name, change, cut in layers:
         if cut is not None:
             if not cuts:
-                print("  rank    of    error   layer")
-            print(f"{cut.rank:6}{cut.before:6}{cut.error:9.3%}   {name}", flush=True)
+                say("  rank    of    error   layer")
+            say(f"{cut.rank:6}{cut.before:6}{cut.error:9.3%}   {name}")
             cuts.append(cut)
         yield name, change
 
@@ -87,7 +87,7 @@ def tell_total(cuts: list[Cut], kinds: Collection[str]) -> None:
 
     if cuts:
         ranks = [cut.rank for cut in cuts]
-        print(f"{len(cuts)} layers of rank {min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.1f} on average")
-        print(f"Left out: {total_error(cuts):.3%} of the change (Frobenius norm)")
+        say(f"{len(cuts)} layers of rank {min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.1f} on average")
+        say(f"Left out: {total_error(cuts):.3%} of the change (Frobenius norm)")
     for kind in sorted(READERS.keys() & set(kinds)):
-        print(f"Note: {READERS[kind]}.")
+        say(f"Note: {READERS[kind]}.")

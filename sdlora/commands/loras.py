@@ -8,7 +8,7 @@ from typing import Any
 
 from sdlora.commands import Commands
 from sdlora.commands.layers import add_limit, add_out, add_target, limit_of, limit_said, target_of, tell, tell_total
-from sdlora.commands.terminal import shown, size
+from sdlora.commands.terminal import say, shown, size
 from sdlora.errors import ConfigError, WeightsError
 
 
@@ -43,27 +43,27 @@ def inspect_command(parsed: argparse.Namespace) -> int:
     from sdlora.lora.report import inspect
 
     report = inspect(parsed.file)
-    print(f"{report.path}: {size(report.size)}, {report.precision}, {report.family or 'family not shown'}, {report.naming} names")
+    say(f"{report.path}: {size(report.size)}, {report.precision}, {report.family or 'family not shown'}, {report.naming} names")
     for what, said in report.about.items():
-        print(f"  {what}: {said}")
+        say(f"  {what}: {said}")
     if report.tags:
-        print(f"  tags: {', '.join(f'{tag} ({count})' for tag, count in report.tags[:20])}")
-    print(f"{len(report.layers)} layers: {', '.join(f'{number} {kind}' for kind, number in report.kinds.items())}")
+        say(f"  tags: {', '.join(f'{tag} ({count})' for tag, count in report.tags[:20])}")
+    say(f"{len(report.layers)} layers: {', '.join(f'{number} {kind}' for kind, number in report.kinds.items())}")
     for title, counted in (("ranks", report.ranks), ("alphas", report.alphas)):
         if counted:
-            print(f"  {title}: {', '.join(f'{value:g} ({number})' for value, number in sorted(counted.items())[:20])}")
+            say(f"  {title}: {', '.join(f'{value:g} ({number})' for value, number in sorted(counted.items())[:20])}")
     if parsed.layers:
-        print("  rank    alpha       norm   layer")
+        say("  rank    alpha       norm   layer")
         for layer in report.layers:
             rank, alpha = layer.rank or "-", "-" if layer.alpha is None else f"{layer.alpha:.4g}"
-            print(f"{rank:>6} {alpha:>8} {layer.norm:10.4g}   {layer.name}")
+            say(f"{rank:>6} {alpha:>8} {layer.norm:10.4g}   {layer.name}")
     if parsed.metadata:
         for key, value in sorted(report.metadata.items()):
-            print(f"  {key} = {value}")
+            say(f"  {key} = {value}")
     for line in report.readers:
-        print(f"Note: {line}.")
+        say(f"Note: {line}.")
     if report.unread:
-        print(f"Not understood: {', '.join(report.unread[:5])}{' ...' if len(report.unread) > 5 else ''}")
+        say(f"Not understood: {', '.join(report.unread[:5])}{' ...' if len(report.unread) > 5 else ''}")
     return 0
 
 
@@ -87,25 +87,26 @@ def alphas_command(parsed: argparse.Namespace) -> int:
     if not alphas:
         raise WeightsError(f"{parsed.file} has no alphas: it holds no low-rank layers.")
     middle, low, high = median(alphas.values()), min(alphas.values()), max(alphas.values())
-    print(f"{len(alphas)} layers: alpha {low:.4g} to {high:.4g}, median {middle:.4g}")
+    say(f"{len(alphas)} layers: alpha {low:.4g} to {high:.4g}, median {middle:.4g}")
     if parsed.plot:
         try:
             analysis.plot(alphas, parsed.plot, f"{parsed.file.name}: what each layer learned")
         except (OSError, ValueError) as error:
             raise ConfigError(f"--plot: cannot draw {parsed.plot}: {error}.") from None
-        print(f"Picture: {shown(parsed.plot)}")
+        say(f"Picture: {shown(parsed.plot)}")
     if low == high:
-        print("All alike: this file's alphas were not learned.")
+        say("All alike: this file's alphas were not learned.")
         return 0
     rows = analysis.histogram(alphas)
     most = max(count for *_, count in rows)
     for left, right, count in rows:
-        print(f"{left:9.4g} .. {right:9.4g}  {'#' * round(40 * count / most):40}  {count}")
+        say(f"{left:9.4g} .. {right:9.4g}  {'#' * round(40 * count / most):40}  {count}")
     ordered = sorted(alphas.items(), key=lambda item: item[1])
     for title, shown_rows in (("Changed most", ordered[::-1][:10]), ("Changed least", ordered[:10])):
-        print(f"\n{title}:")
+        say()
+        say(f"{title}:")
         for name, alpha in shown_rows:
-            print(f"{alpha:9.4g}  {name}")
+            say(f"{alpha:9.4g}  {name}")
     return 0
 
 

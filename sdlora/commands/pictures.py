@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdlora.commands import Commands, strengths
-from sdlora.commands.terminal import positive, quiet_libraries
+from sdlora.commands.terminal import positive, quiet_libraries, say
 from sdlora.config import TOKENS_A_CHUNK
 from sdlora.errors import ConfigError
 
@@ -75,7 +75,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
             prediction_type=parsed.prediction_type,
         )
         for line in model.notes:
-            print(f"Assumed: {line}")
+            say(f"Assumed: {line}")
         for prompt in prompts:
             preview.check_size(prompt, model.size_multiple)
         for of, file in zip(wanted, files, strict=True):
@@ -84,7 +84,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
                 changes = {name: file.change(name) for name in file.layers if own[name] == strength}
                 formats.merge(model.parts, changes, strength, model.family)
     if (clip_skip, max_tokens) != (1, TOKENS_A_CHUNK):
-        print(f"Clip skip {clip_skip}, prompts of {max_tokens} tokens")
+        say(f"Clip skip {clip_skip}, prompts of {max_tokens} tokens")
     parsed.out.mkdir(parents=True, exist_ok=True)
     used = "".join(f" <lora:{of.path.stem}:{of.strength:g}>" for of in wanted)
     number = 1 + max((int(p.stem) for p in parsed.out.glob("*.png") if p.stem.isdigit()), default=-1)
@@ -92,7 +92,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
         path = parsed.out / f"{number + offset:05d}.png"
         (picture,) = generate(family, model, [prompt])
         preview.save_picture(picture, path, prompt, model=Path(parsed.base).name, lora=used)
-        print(f"{path}  {prompt.text}", flush=True)
+        say(f"{path}  {prompt.text}")
     return 0
 
 

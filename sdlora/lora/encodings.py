@@ -28,12 +28,14 @@ def decode(tensors: dict[str, Tensor], alpha: float | None = None) -> Change:
         return 1.0 if alpha is None else alpha / rank
 
     own = take("alpha")
+    if own is not None and own.numel() != 1:
+        raise RuntimeError("an alpha is one number")
     alpha = alpha if own is None else float(own)
     factors, weight = None, None
     if {"down", "up"} <= tensors.keys():
         down, up = take_all("down", "up")
-        if up.shape[1:2] != down.shape[:1] and "lora_mid.weight" not in tensors:
-            raise RuntimeError("down and up have different ranks")
+        if down.dim() < 2 or not len(down) or (up.shape[1:2] != down.shape[:1] and "lora_mid.weight" not in tensors):
+            raise RuntimeError("down and up have no rank, or not the same")
         factors = Factors(down, up, len(down) if alpha is None else alpha)
         if "lora_mid.weight" in tensors:
             plain = with_core(down, *take_all("lora_mid.weight"))

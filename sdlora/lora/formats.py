@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdlora.errors import TrainingError, WeightsError
@@ -33,6 +32,7 @@ from sdlora.lora.encodings import decode
 from sdlora.lora.names import WEBUI, readable, spellings
 from sdlora.lora.targets import readable_name
 from sdlora.lora.tensor_file import PRECISIONS, write
+from sdlora.tensors import finite, opened, reading
 
 LEARNED_ALPHAS = "sdlora_learned_alphas"  # JSON: layer's stem in the file -> alpha
 LEARNED_SCALES = "sdlora_learned_scales"  # the same -> what the product of the matrices was multiplied by in training
@@ -158,10 +158,10 @@ class LoraFile:
 
     def change(self, name: str) -> Change:
         """fp32. Raises WeightsError for a layer whose tensors do not belong together."""
-        tensors = {role: self._tensors.get_tensor(key) for role, key in self.layers[name].items()}
+        tensors = {role: finite(self.path, key, self._tensors.get_tensor(key)) for role, key in self.layers[name].items()}
         try:
             change = decode(tensors, self._alpha_of_peft(name))
-        except RuntimeError:  # torch's word for matrices that cannot be multiplied
+        except (RuntimeError, IndexError, TypeError):  # torch's words for matrices that cannot be multiplied, or are none
             raise WeightsError(f"{self.path}: the tensors of {self.stem(name)} have shapes that do not belong together.") from None
         if tensors or not kinds_of(change):
             keys = ", ".join(self.layers[name][role] for role in tensors or self.layers[name])
@@ -213,8 +213,9 @@ class LoraFile:
         alphas: Counter[float] = Counter()
         for name, keys in self.layers.items():
             if "down" in keys:
-                own = float(self._tensors.get_tensor(keys["alpha"])) if "alpha" in keys else self._alpha_of_peft(name)
-                alphas[float(self.shape(name, "down")[0]) if own is None else own] += 1
+                own = self._tensors.get_tensor(keys["alpha"]) if "alpha" in keys else None
+                alpha = self._alpha_of_peft(name) if own is None or own.numel() != 1 else float(own)
+                alphas[float(self.shape(name, "down")[0]) if alpha is None else alpha] += 1
         return next((alpha for alpha, _ in alphas.most_common() if alpha), 1.0)
 
     def _alpha_of_peft(self, name: str) -> float | None:
@@ -259,13 +260,9 @@ def kernel_of(name: str, family: str | None) -> tuple[int, ...]:
 @contextmanager
 def open_lora(path: Path) -> Iterator[LoraFile]:
     """Raises WeightsError for what is not a .safetensors file."""
-    try:
-        opened = safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise WeightsError(f"There is no file {path}.") from None
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable .safetensors file: {error}.") from None
-    with opened as tensors:
+    with reading(path):
+        file = opened(path)
+    with file as tensors:
         layers: dict[str, dict[str, str]] = {}
         unread = []
         for key in sorted(tensors.keys()):
@@ -346,7 +343,9 @@ def read_scales(path: Path) -> dict[str, float]:
 def _learned(path: Path, metadata: Mapping[str, str], key: str, changes: Mapping[str, Change]) -> dict[str, float]:
     try:
         values = {readable(stem): float(value) for stem, value in json.loads(metadata.get(key, "{}")).items()}
-    except (ValueError, TypeError, AttributeError):
+        if not all(map(math.isfinite, values.values())):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise WeightsError(f"{path}: its metadata {key} is damaged.") from None
     return {stem: values[name] for stem in changes if (name := readable(stem)) in values}
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+MOST_TAGS = 1000  # of a folder, the most frequent: headers of many MB are refused by readers
 # What a file says of its base model, by family and by whether that predicts v.
 _DIFFUSERS, _SGM = "https://github.com/huggingface/diffusers", "https://github.com/Stability-AI/generative-models"  # whose names it has
 _BASES: dict[tuple[str, bool], tuple[str, str, str]] = {  # ss_base_model_version, modelspec.architecture, modelspec.implementation
@@ -57,7 +58,7 @@ def kohya_metadata(
     """All values strings. `training`: the `ss_` names of options that users look for, without the prefix. Captions, one a picture, and
     repeats by the folder's name. What is empty is left out of modelspec."""
     tags = {
-        folder: dict(Counter(tag.strip() for caption in of for tag in re.split(r"[,\n]", caption) if tag.strip()).most_common())
+        folder: dict(Counter(tag.strip() for caption in of for tag in re.split(r"[,\n]", caption) if tag.strip()).most_common(MOST_TAGS))
         for folder, of in captions.items()
     }
     counted = Counter(buckets)
