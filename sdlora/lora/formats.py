@@ -108,8 +108,8 @@ def save(
 
 
 def _rounded(alpha: float, precision: str) -> float:
-    """As the file can hold it, so that `up` makes up for the rest."""
-    return torch.tensor(alpha).to(PRECISIONS[precision]).item()
+    """As the file can hold it, so that `up` makes up for the rest; 1 for what it would hold as 0."""
+    return torch.tensor(alpha).to(PRECISIONS[precision]).item() or 1.0
 
 
 def convert(source: Path, target: Path, *, to: str = "webui", precision: str | None = None, family: str | None = None) -> None:

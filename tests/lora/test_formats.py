@@ -126,6 +126,8 @@ def test_an_alpha_that_the_precision_rounds_is_made_up_for(tmp_path: Path) -> No
     assert abs(alpha / 0.3 - 1) > 1e-4
     up = load_file(tmp_path / "x.safetensors")[f"{webui_name(LAYER)}.lora_up.weight"]
     assert torch.equal(up, (factors.up * (0.3 / alpha)).bfloat16())
+    save(tmp_path / "x.safetensors", {LAYER: Change(factors)}, 1e-9, {}, precision="fp16")  # nearer to 0 than fp16 goes
+    torch.testing.assert_close(delta(read(tmp_path / "x.safetensors")[LAYER]), factors.delta(), rtol=2e-3, atol=1e-3)
 
 
 def test_merge_applies_the_readers_formula() -> None:
