@@ -144,7 +144,10 @@ def _load(picture: ImageFile.ImageFile, path: Path, at_least: tuple[int, int] | 
         _shrink(picture, at_least[::-1] if _lies(picture) else at_least)
     if picture.format == "PNG":
         _scale_key(picture)
+    announced = picture.size
     picture.load()
+    if picture.size != announced:  # HEIC says it twice, and a cap on the first must not let a larger second through
+        raise ValueError("its header says {}x{} pixels, and it has {}x{}".format(*announced, *picture.size))
     if getattr(picture, "is_animated", False) and picture.format != "MPO":  # the second picture of a camera's file is a preview or a depth
         logger.warning("%s: it has several frames, of which the first is used", path)
     lies = _lies(picture)
@@ -229,7 +232,7 @@ def _reason(path: Path, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return "the file is empty (0 bytes)"
     if isinstance(error, UnidentifiedImageError):
-        return f"it is no picture in a known format ({', '.join(FORMATS)})"
+        return f"it is damaged, or no picture in a known format ({', '.join(FORMATS)}, HEIC)"
     return str(error).rstrip(".") or type(error).__name__
 
 
