@@ -11,7 +11,7 @@ from sdlora.config import Config, DataOptions, SetOptions
 from sdlora.data import images
 from sdlora.data.buckets import Placed, place_all, random_crops
 from sdlora.data.captions import PLACEHOLDER, CaptionRules
-from sdlora.data.dataset import Example, find_examples, find_subsets
+from sdlora.data.dataset import Example, Refuse, find_examples, find_subsets, refuse
 from sdlora.errors import DataError
 
 
@@ -37,9 +37,9 @@ class Item:
         return height, width, top, self.placed.resized[0] - right if self.mirrored else left, shown_height, shown_width
 
 
-def find_items(config: Config) -> tuple[list[Item], list[tuple[Path, str]]]:
+def find_items(config: Config, refuse: Refuse = refuse) -> tuple[list[Item], list[tuple[Path, str]]]:
     """Items of all sets in the order of their names, those that regularise last; and what was skipped, with the reason.
-    Raises DataError."""
+    Raises DataError where there is nothing to show, and by default for whatever training refuses."""
     training: list[Item] = []
     regularising: list[Item] = []
     skipped: list[tuple[Path, str]] = []
@@ -57,8 +57,9 @@ def find_items(config: Config) -> tuple[list[Item], list[tuple[Path, str]]]:
                 on_bad_image=config.data.on_bad_image,
                 masks=options.masks,
                 max_pixels=config.data.max_pixels,
+                refuse=refuse,
             )
-            items = _placed(found.examples, config, options, options.repeats * subset.repeats)
+            items = _placed(found.examples, config, options, options.repeats * subset.repeats, refuse)
             (regularising if options.regularises else training).extend(items)
             skipped += found.skipped
     if not training:
@@ -84,7 +85,7 @@ def as_often(items: Sequence[Item], times: int) -> list[Item]:
     return [replace(item, repeats=repeats) for item, repeats in zip(items, shares, strict=True) if repeats]
 
 
-def _placed(examples: Sequence[Example], config: Config, options: SetOptions, repeats: int) -> list[Item]:
+def _placed(examples: Sequence[Example], config: Config, options: SetOptions, repeats: int, refuse: Refuse) -> list[Item]:
     data, sides = config.data, (False, True) if options.flip else (False,)
     weight = options.weight * (config.loss.regularisation if options.regularises else 1.0)
     prefix, suffix = (text.replace(PLACEHOLDER, options.trigger) for text in (options.caption_prefix, options.caption_suffix))
@@ -93,22 +94,27 @@ def _placed(examples: Sequence[Example], config: Config, options: SetOptions, re
     return [
         Item(example, placed, mirrored, repeats, weight, options.regularises, rules, background)
         for example in examples
-        for placed in _places(example, data)
+        for placed in _places(example, data, refuse)
         for mirrored in sides
     ]
 
 
-def _places(example: Example, data: DataOptions) -> list[Placed]:
-    """Every resolution of a picture, and every crop of that. Raises DataError."""
-    try:
-        places = place_all(
+def _places(example: Example, data: DataOptions, refuse: Refuse) -> list[Placed]:
+    """Every resolution of a picture, and every crop of that; enlarged where that alone would give it a place."""
+
+    def with_or_without(upscale: bool) -> list[Placed]:
+        return place_all(
             example.size,
             data.resolutions or (data.resolution,),
             step=data.bucket_step,
             min_side=data.min_side,
             max_side=data.max_side,
-            upscale=data.upscale,
+            upscale=upscale,
         )
+
+    try:
+        places = with_or_without(data.upscale)
     except DataError as error:
-        raise DataError(f"{example.path}: {error}") from None
+        refuse(f"{example.path}: {error}")
+        places = with_or_without(True)
     return places if data.crop == "centre" else [crop for placed in places for crop in random_crops(placed, example.digest)]

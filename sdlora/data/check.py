@@ -36,7 +36,7 @@ class Report:
     max_tokens: int  # of a caption that are used, beside the marks of start and end
     unreadable: list[tuple[Path, str]]
     unused: list[tuple[Path, str]]
-    refusal: str | None  # why training would not start
+    refusals: list[str]  # why training would not start
 
 
 def check(
@@ -46,7 +46,7 @@ def check(
     tokens: Callable[[str], int],
     max_tokens: int = 75,
     seen: Mapping[Path, Look] | None = None,
-    refusal: str | None = None,
+    refusals: Iterable[str] = (),
 ) -> Report:
     """`places` and `skipped` are what was found; a picture may come in several places. Look-alikes are sought among `seen`."""
     places = list(dict.fromkeys(places))
@@ -72,7 +72,7 @@ def check(
         max_tokens=max_tokens,
         unreadable=[(path, reason) for path, is_picture, reason in left_out if is_picture],
         unused=[(path, reason) for path, is_picture, reason in left_out if not is_picture],
-        refusal=refusal,
+        refusals=list(refusals),
     )
 
 
@@ -125,13 +125,14 @@ def lines(report: Report) -> Iterator[str]:
     yield f"Pictures     {len(report.sizes)}, {min(widths)} to {max(widths)} px wide and {min(heights)} to {max(heights)} px high"
     yield f"Captions     {report.captions} different"
     yield f"Buckets      {', '.join(f'{width}x{height} ({n})' for (width, height), n in sorted(report.buckets.items()))}"
-    for title, entries in _findings(report).items():
+    for title, entries in (_findings(report) | {"Training would refuse": report.refusals}).items():
         if entries:
             yield f"\n{title} ({len(entries)}):"
             yield from (f"  {entry}" for entry in entries[:NAMED])
             if len(entries) > NAMED:
                 yield f"  and {len(entries) - NAMED} more"
-    yield f"\nTraining would refuse: {report.refusal}" if report.refusal else "\nTraining would start."
+    if not report.refusals:
+        yield "\nTraining would start."
 
 
 def short(report: Report) -> Iterator[str]:
