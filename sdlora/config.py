@@ -70,7 +70,7 @@ class PictureOptions(Section):
     folder: Path = Field(
         Path("pictures"),
         description="Folder of pictures, each with its caption in a .txt or .caption file of the same stem or in metadata.jsonl or .csv; "
-        "or of kohya's subfolders, '<repeats>_<token> <class>'.",
+        "or of kohya's subfolders, '<repeats>_<token> <class>'; or a dataset that Hugging Face's library saved (`save_to_disk`).",
     )
     repeats: PositiveInt = Field(1, description="How often each picture is shown in an epoch; kohya's subfolders multiply it by their own.")
     class_noun: str = Field(
@@ -79,6 +79,9 @@ class PictureOptions(Section):
     trigger: str = Field("", description="Trigger word: replaces {trigger} in captions, or is put before those that lack it.")
     missing_caption: Literal["error", "empty", "trigger"] = Field(
         "error", description="What a picture without a caption gets: an error, the empty caption, or the trigger word."
+    )
+    caption_column: str = Field(
+        "", description="Column of the captions in metadata.jsonl, metadata.csv or a saved dataset; empty: text, caption or prompt."
     )
     caption_lines: Literal["join", "pick"] = Field(
         "join", description="Several lines of a caption: joined to one, or one of them picked each time the picture is shown."
@@ -121,7 +124,7 @@ class SetOptions(PictureOptions):
 
 
 # What [data] says of the subject, or of files beside its pictures, which a set without the subject does not take over.
-OF_THE_SUBJECT = frozenset({"trigger", "missing_caption", "caption_prefix", "caption_suffix", "masks"})
+OF_THE_SUBJECT = frozenset({"trigger", "missing_caption", "caption_column", "caption_prefix", "caption_suffix", "masks"})
 
 
 class DataOptions(PictureOptions):

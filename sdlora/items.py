@@ -49,6 +49,7 @@ def find_items(config: Config, refuse: Refuse = refuse) -> tuple[list[Item], lis
         for subset in subsets:
             found = find_examples(
                 subset.folder,
+                caption_column=options.caption_column,
                 caption_lines=options.caption_lines,
                 missing_caption=options.missing_caption,
                 trigger=options.trigger,

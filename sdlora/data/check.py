@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sdlora.data import images
+from sdlora.data import images, saved
 from sdlora.data.buckets import Placed, enlargement
 from sdlora.data.dataset import Example
 
@@ -59,7 +59,7 @@ def check(
     for path, example in examples.items():
         by_digest.setdefault(example.digest, []).append(path)
     distinct = {same[0] for same in by_digest.values()}
-    left_out = [(path, path.suffix.lower() in images.IMAGE_SUFFIXES, reason) for path, reason in skipped]
+    left_out = [(path, path.suffix.lower() in images.IMAGE_SUFFIXES or saved.is_row(path), reason) for path, reason in skipped]
     return Report(
         sizes={path: example.size for path, example in examples.items()},
         captions=len({example.caption for example in examples.values()}),

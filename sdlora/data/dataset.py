@@ -2,7 +2,7 @@
 
 Captions come from metadata.jsonl or metadata.csv, or from a text file beside the picture. Where both have one, the table is right, as it is
 for Hugging Face's and kohya's programs; a text file that says something else is named among what was left out. A folder without pictures
-of its own may hold kohya's subfolders instead, `<repeats>_<token> <class>`.
+of its own may hold kohya's subfolders instead, `<repeats>_<token> <class>`; or a folder is a dataset that Hugging Face's library saved.
 """
 
 import difflib
@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from sdlora.data import metadata
+from sdlora.data import metadata, saved
 from sdlora.data.captions import PLACEHOLDER, SEPARATORS, apply_trigger, read_caption
-from sdlora.data.images import IMAGE_SUFFIXES, MAX_PIXELS, examine
+from sdlora.data.images import IMAGE_SUFFIXES, MAX_PIXELS, examine, open_file
 from sdlora.data.metadata import leads_out
 from sdlora.errors import DataError
 
@@ -90,6 +90,7 @@ def find_examples(
     folder: Path,
     *,
     caption_extension: str = "auto",
+    caption_column: str = "",
     caption_lines: Literal["join", "pick"] = "join",
     missing_caption: Literal["error", "empty", "trigger"],
     trigger: str,
@@ -102,15 +103,17 @@ def find_examples(
 ) -> Found:
     """The examples in `folder` in natural order of their names, each picture decoded once; raises DataError where there are none.
 
-    These are the pictures directly in it, and those in subfolders that its table names. A text file belongs to the picture of exactly the
-    same stem beside it, and so does a mask, `cat-masklabel.png` beside `cat.jpg`, whose size must be the picture's. `fallback` is the
-    caption of pictures that have none or only white space, and where that is empty, too, `missing_caption` says what becomes of them.
+    These are the pictures directly in it, and those in subfolders that its table names, or the rows of a dataset. A text file belongs to
+    the picture of exactly the same stem beside it, and so does a mask, `cat-masklabel.png` beside `cat.jpg`, whose size must be the
+    picture's. `fallback` is the caption of pictures that have none or only white space, and where that is empty, too, `missing_caption`
+    says what becomes of them.
     around: what a prefix and a suffix will put round each caption, where the trigger may stand as well.
     """
     separator = SEPARATORS[caption_lines]
-    files, subfolders = _list(folder)
-    table = metadata.read_table(folder, separator)
+    is_saved = saved.is_saved(folder)
+    table = (saved if is_saved else metadata).read_table(folder, separator, caption_column)
     named = table.captions if table else {}
+    files, subfolders = (list(named), []) if is_saved else _list(folder)
     files += _below(folder, named)
     listed = set(files)
     skipped = [*table.skipped, *((path, "a hidden file") for path in named if path not in listed)] if table else []
@@ -121,11 +124,9 @@ def find_examples(
     pipes = {path for path in files if not _is_picture(path) and path.exists() and not path.is_file()}  # to open one would wait for ever
     skipped += [(path, "it is not a regular file") for path in files if path in pipes]
     files = [path for path in files if _is_picture(path) or path not in outside | pipes]
-    if table:
-        files.remove(table.path)
     mask_files = [path for path in files if _is_mask(path)]
     pictures = [path for path in files if _is_picture(path)]
-    files = [path for path in files if not _is_mask(path)]
+    files = [path for path in files if not (_is_mask(path) or (table and path == table.path))]
     if not pictures:
         raise DataError(f"{folder} has no pictures ({_extensions(IMAGE_SUFFIXES)}): {_contents(files, subfolders)}.")
     suffixes = CAPTION_SUFFIXES if caption_extension == "auto" else ("." + caption_extension.lower().lstrip("."),)
@@ -170,8 +171,9 @@ def find_examples(
         names = ", ".join(path.name for path in without_caption[:NAMED_IN_MESSAGES])
         refuse(
             f"{len(without_caption)} of {len(examples)} pictures in {folder} have no caption"
-            f" ({names}{', ...' if len(without_caption) > NAMED_IN_MESSAGES else ''}); write each into a file of the same name that ends in"
-            f" {' or '.join(suffixes)}, or set missing_caption to 'trigger' or 'empty'."
+            f" ({names}{', ...' if len(without_caption) > NAMED_IN_MESSAGES else ''}); "
+            + ("" if is_saved else f"write each into a file of the same name that ends in {' or '.join(suffixes)}, or ")
+            + "set missing_caption to 'trigger' or 'empty'."
         )
     if masks == "file":
         examples = _with_masks(examples, mask_files, max_pixels, {_place(path) for path in pictures}, refuse)
@@ -200,7 +202,7 @@ def _below(folder: Path, named: Mapping[Path, str]) -> list[Path]:
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(MASK_SUFFIX)
+    return (path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(MASK_SUFFIX)) or saved.is_row(path)
 
 
 def _is_mask(path: Path) -> bool:
@@ -267,19 +269,19 @@ def _examine_all(pictures: Sequence[Path], max_pixels: int) -> dict[Path, tuple[
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _left_over(files: Sequence[Path], suffixes: Sequence[str], passed_over: Mapping[Path, Path]) -> list[tuple[Path, str]]:
     """The files that are neither picture nor caption of one, each with the reason; strays are not worth a line."""
-    places = {_place(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+    places = {_place(path) for path in files if _is_picture(path)}
     left_over = []
     for path in files:
         is_caption = path.suffix.lower() in suffixes
         if path in passed_over:
             left_over.append((path, f"the caption is taken from {passed_over[path].name}"))
-        elif path.suffix.lower() in IMAGE_SUFFIXES or (is_caption and _place(path) in places):
+        elif _is_picture(path) or (is_caption and _place(path) in places):
             continue  # used, or its picture is listed, as unreadable
         elif path.stem.lower() not in STRAY_STEMS:
             left_over.append((path, "a caption without a picture of the same name" if is_caption else "not a picture"))

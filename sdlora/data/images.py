@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageCms, ImageColor, ImageFile, ImageOps, Unid
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
+from sdlora.data import saved
 from sdlora.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"})
@@ -110,22 +111,29 @@ def mask_to_tensor(mask: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(np.array(small)).float()[None] / 255
 
 
+def open_file(path: Path) -> io.BufferedReader | io.BytesIO:
+    """The bytes of a picture, whether a file or a row of a saved dataset. Raises OSError, or ValueError."""
+    if saved.is_row(path):
+        return saved.open_row(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")  # to open a fifo waits for its writer
+    return path.open("rb")
+
+
 @contextmanager
 def _opened(path: Path, max_pixels: int | None = None) -> Iterator[ImageFile.ImageFile]:
     """The picture with its header read and nothing decoded."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is not a regular file")  # to open a fifo waits for its writer
-    with Image.open(path, formats=_formats(path)) as picture:
+    with open_file(path) as file, Image.open(file, formats=_formats(file)) as picture:
         width, height = picture.size
         if max_pixels is not None and width * height > max_pixels:
             raise ValueError(f"it has {width}x{height} pixels, above data.max_pixels = {max_pixels} (raise that if you have the memory)")
         yield picture
 
 
-def _formats(path: Path) -> tuple[str, ...]:
+def _formats(file: io.BufferedReader | io.BytesIO) -> tuple[str, ...]:
     """The formats that the file may be in; HEIC is looked for only where the file says that it is."""
-    with path.open("rb") as file:
-        start = file.read(32)  # ISO 14496-12: the size of the first box, "ftyp", the brand, a version, the brands it is compatible with
+    start = file.read(32)  # ISO 14496-12: the size of the first box, "ftyp", the brand, a version, the brands it is compatible with
+    file.seek(0)
     brands = {start[at : at + 4] for at in (8, *range(16, 32, 4))}
     if start[4:8] != b"ftyp" or brands & {b"avif", b"avis"} or not brands & {b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1"}:
         return FORMATS
