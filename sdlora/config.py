@@ -164,6 +164,11 @@ class DataOptions(PictureOptions):
         75,
         description="Tokens of a caption that are used, in chunks of 75 as WebUIs encode long prompts; every caption is padded to as many.",
     )
+    prompt_weights: bool = Field(
+        False,
+        description="Read (word), [word] and (word:1.2) in captions as WebUIs do. Off, as brackets are often part of a tag, fate_(series): "
+        "with it on, write \\( and \\) there.",
+    )
     sets: tuple[SetOptions, ...] = Field(
         (),
         description="Several folders in the place of data.folder, each a [[data.sets]] table in a file: folder; "
