@@ -152,8 +152,10 @@ class DataOptions(PictureOptions):
     upscale: bool = Field(
         True, description="Enlarge a picture that is smaller than its bucket; false: it gets the largest bucket that fits inside it."
     )
-    crop: Literal["centre", "random"] = Field(
-        "centre", description="What of a picture its bucket shows where the shapes differ: the middle, or each of four places in turn."
+    crop: Literal["centre", "random", "salient"] = Field(
+        "centre",
+        description="What of a picture its bucket shows where the shapes differ: the middle, each of four places in turn, or ('salient') "
+        "where most edges are, which knows nothing of faces.",
     )
     cache: Path | None = Field(
         None,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from sdlora.config import Config, DataOptions, SetOptions
@@ -12,6 +15,7 @@ from sdlora.data import images
 from sdlora.data.buckets import Placed, place_all, random_crops
 from sdlora.data.captions import PLACEHOLDER, CaptionRules
 from sdlora.data.dataset import Example, Refuse, find_examples, find_subsets, refuse
+from sdlora.data.salience import most_detail
 from sdlora.errors import DataError
 
 
@@ -92,12 +96,25 @@ def _placed(examples: Sequence[Example], config: Config, options: SetOptions, re
     prefix, suffix = (text.replace(PLACEHOLDER, options.trigger) for text in (options.caption_prefix, options.caption_suffix))
     background = images.colour(data.background)
     rules = CaptionRules(options.caption_dropout, options.tag_dropout, options.shuffle_tags, options.keep_tags, prefix, suffix)
+    places = [(example, placed) for example in examples for placed in _places(example, data, refuse)]
+    if data.crop == "salient":
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets threads run at once
+            crops = pool.map(partial(_salient, background=background), *zip(*places, strict=True))
+            places = [(example, crop) for (example, _), crop in zip(places, crops, strict=True)]
     return [
         Item(example, placed, mirrored, repeats, weight, options.regularises, rules, background)
-        for example in examples
-        for placed in _places(example, data, refuse)
+        for example, placed in places
         for mirrored in sides
     ]
+
+
+def _salient(example: Example, placed: Placed, background: tuple[int, int, int]) -> Placed:
+    """The crop that keeps the most detail."""
+    if placed.resized == placed.bucket:
+        return placed
+    picture = images.decode(example.path, background, at_least=placed.resized)
+    whole = images.crop_to(picture, placed.resized, (0, 0, *placed.resized))
+    return placed.cut_at(*most_detail(whole, placed.bucket))
 
 
 def _places(example: Example, data: DataOptions, refuse: Refuse) -> list[Placed]:
@@ -118,4 +135,4 @@ def _places(example: Example, data: DataOptions, refuse: Refuse) -> list[Placed]
     except DataError as error:
         refuse(f"{example.path}: {error}")
         places = with_or_without(True)
-    return places if data.crop == "centre" else [crop for placed in places for crop in random_crops(placed, example.digest)]
+    return places if data.crop != "random" else [crop for placed in places for crop in random_crops(placed, example.digest)]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -137,3 +138,17 @@ def test_time_ids_are_of_the_picture_as_it_is_shown(place: Path) -> None:
     item = Item(Example(place / "a.png", "a", (480, 200), "digest"), placed, False)
     assert item.time_ids == (200, 480, 3, 10, 32, 64)
     assert replace(item, mirrored=True).time_ids == (200, 480, 3, 96 - 74, 32, 64)
+
+
+def test_a_salient_crop_is_where_the_detail_is(place: Path) -> None:
+    (place / "pictures").mkdir()
+    pixels = np.full((32, 96, 3), 128, dtype=np.uint8)
+    pixels[:, 64:] = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(place / "pictures" / "right.png")
+    Image.fromarray(pixels[:, ::-1]).save(place / "pictures" / "left.png")
+    Image.fromarray(pixels[:, 64:]).save(place / "pictures" / "whole.png")
+    told = '[data]\nmissing_caption = "empty"\nmax_side = 32\ncrop = "{}"'
+    crops = {item.example.path.stem: item.placed.crop for item in find(told.format("salient"))[0]}
+    assert crops == {"left": (0, 0, 32, 32), "right": (64, 0, 96, 32), "whole": (0, 0, 32, 32)}
+    assert find(told.format("salient")) == find(told.format("salient"))
+    assert {item.placed.crop for item in find(told.format("centre"))[0]} == {(32, 0, 64, 32), (0, 0, 32, 32)}
