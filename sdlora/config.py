@@ -96,6 +96,13 @@ class PictureOptions(Section):
     caption_dropout: Share = Field(0.0, description="Share of steps at which a picture is shown with the empty caption.")
     tag_dropout: Share = Field(0.0, description="Share of a caption's tags that are left out each time it is shown.")
     flip: bool = Field(False, description="Also show each picture mirrored; harms what has a left and a right.")
+    colour_variants: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="Also show each picture so many times with hues turned by up to 16 degrees and another gamma, always the same, "
+        "as each has its latents; harms what is known by its colour.",
+    )
     masks: Literal["off", "file", "alpha"] = Field(
         "off", description="Train a part of pictures only: what is white in NAME-masklabel.png beside NAME.png, or what alpha shows."
     )

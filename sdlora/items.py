@@ -21,7 +21,7 @@ from sdlora.errors import DataError
 
 @dataclass(frozen=True)
 class Item:
-    """A picture as it is shown, upright or mirrored, in its bucket; how often, and how much it counts."""
+    """A picture as it is shown, upright or mirrored, in its bucket, in its colours or others; how often, and how much it counts."""
 
     example: Example
     placed: Placed
@@ -31,6 +31,7 @@ class Item:
     regularises: bool = False  # of the class and not of the subject
     rules: CaptionRules = field(default=CaptionRules())
     background: tuple[int, int, int] = images.WHITE  # behind what is transparent
+    colours: int = 0  # the number of a variant, 0 for those of the file: see images.vary_colour
 
     @property
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
@@ -102,9 +103,10 @@ def _placed(examples: Sequence[Example], config: Config, options: SetOptions, re
             crops = pool.map(partial(_salient, background=background), *zip(*places, strict=True))
             places = [(example, crop) for (example, _), crop in zip(places, crops, strict=True)]
     return [
-        Item(example, placed, mirrored, repeats, weight, options.regularises, rules, background)
+        Item(example, placed, mirrored, repeats, weight, options.regularises, rules, background, colours)
         for example, placed in places
         for mirrored in sides
+        for colours in range(1 + options.colour_variants)
     ]
 
 

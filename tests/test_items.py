@@ -60,16 +60,17 @@ weight = 0.5
 missing_caption = "trigger"
 trigger = "sks"
 flip = true
+colour_variants = 1
 caption_dropout = 0.0
 tag_dropout = 0.2
 """)
     assert told(items) == [
         ("a", "grass, sky", 3, 1.0, False),
         ("b", "grass, sky", 3, 1.0, False),
-        ("c", "sks", 1, 0.5, False),
-        ("c", "sks", 1, 0.5, False),
+        *[("c", "sks", 1, 0.5, False)] * 4,
     ]
-    assert [item.mirrored for item in items] == [False, False, False, True]
+    assert [(item.mirrored, item.colours) for item in items[2:]] == [(False, 0), (False, 1), (True, 0), (True, 1)]
+    assert not any(item.mirrored or item.colours for item in items[:2])
     assert items[0].rules == CaptionRules(dropout=0.1, shuffle=True, keep_tags=2, prefix="a photo of ohwx, ")
     assert items[2].rules == CaptionRules(tag_dropout=0.2, keep_tags=1)
     assert skipped == []

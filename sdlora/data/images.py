@@ -2,6 +2,8 @@
 
 import io
 import logging
+import math
+import random
 import stat
 import struct
 from collections.abc import Iterator
@@ -20,13 +22,16 @@ from sdlora.errors import DataError
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"})
 # Pillow judges by content, not by name: without this list a .png that is PostScript inside would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
-# Part of the key of cached latents: raise it when decode() or crop_to() comes to give other pixels for the same file.
+# Part of the key of cached latents: raise it when decode(), crop_to() or vary_colour() comes to give other pixels for the same file.
 PIXELS_VERSION = 2
 MAX_PIXELS = 200_000_000  # what the largest phone cameras make; 600 MB as RGB
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` takes the place of Pillow's limit, which would refuse what the option allows
 WHITE = (255, 255, 255)
 # A draft keeps twice the size asked for: libjpeg shrinks by what is nearly a mean over blocks, and Lanczos has the last halving.
 DRAFT_MARGIN = 2
+# How far vary_colour() goes to either side: as a photograph under other light, and no orange turns green.
+HUE_TURN = 16.0  # degrees
+GAMMA = 1.15
 # What Pillow's decoders raise on damaged files, found by feeding them some.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, ArithmeticError, IndexError, struct.error)
 
@@ -84,6 +89,23 @@ def crop_to(picture: Image.Image, size: tuple[int, int], box: tuple[int, int, in
     """Resize to `size` (width, height) unless it has it already, then cut out `box` (left, top, right, bottom)."""
     resized = picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
     return resized.crop(box)
+
+
+def vary_colour(picture: Image.Image, seed: str) -> Image.Image:
+    """RGB with its hues turned and its brightness bent, both by amounts that follow from the seed; black, white and grey stay grey."""
+    rng = random.Random(f"colour/{seed}")  # random() keeps its sequence between versions of Python
+    turn, gamma = (most * (2 * rng.random() - 1) for most in (HUE_TURN, math.log(GAMMA)))
+    bent = [round(255 * (level / 255) ** math.exp(gamma)) for level in range(256)]
+    return picture.convert("RGB", _hue_rotation(math.radians(turn))).point(bent * 3)
+
+
+def _hue_rotation(angle: float) -> tuple[float, ...]:
+    """Rows of a matrix that turns hues and leaves luminance as it is (W3C, Filter Effects Module 1, feColorMatrix hueRotate); the fourth
+    column is what is added."""
+    luminance = np.array([[0.213, 0.715, 0.072]] * 3)
+    across = np.array([[-0.213, -0.715, 0.928], [0.143, 0.140, -0.283], [-0.787, 0.715, 0.072]])
+    matrix = luminance + math.cos(angle) * (np.eye(3) - luminance) + math.sin(angle) * across
+    return tuple(np.pad(matrix, ((0, 0), (0, 1))).ravel().tolist())
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
