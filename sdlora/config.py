@@ -88,7 +88,7 @@ class PictureOptions(Section):
     folder: FilePath = Field(
         Path("pictures"),
         description="Folder of pictures, each with its caption in a .txt or .caption file of the same stem or in metadata.jsonl or .csv; "
-        "or of kohya's subfolders, '<repeats>_<token> <class>'.",
+        "or of kohya's subfolders, '<repeats>_<token> <class>'; or a dataset that Hugging Face's library saved (`save_to_disk`).",
     )
     repeats: PositiveInt = Field(1, description="How often each picture is shown in an epoch; kohya's subfolders multiply it by their own.")
     class_noun: str = Field(
@@ -97,6 +97,9 @@ class PictureOptions(Section):
     trigger: str = Field("", description="Trigger word: replaces {trigger} in captions, or is put before those that lack it.")
     missing_caption: Literal["error", "empty", "trigger"] = Field(
         "error", description="What a picture without a caption gets: an error, the empty caption, or the trigger word."
+    )
+    caption_column: str = Field(
+        "", description="Column of the captions in metadata.jsonl, metadata.csv or a saved dataset; empty: text, caption or prompt."
     )
     caption_lines: Literal["join", "pick"] = Field(
         "join", description="Several lines of a caption: joined to one, or one of them picked each time the picture is shown."
@@ -111,6 +114,13 @@ class PictureOptions(Section):
     caption_dropout: Share = Field(0.0, description="Share of steps at which a picture is shown with the empty caption.")
     tag_dropout: Share = Field(0.0, description="Share of a caption's tags that are left out each time it is shown.")
     flip: bool = Field(False, description="Also show each picture mirrored; harms what has a left and a right.")
+    colour_variants: int = Field(
+        0,
+        ge=0,
+        le=16,
+        description="Also show each picture so many times with hues turned by up to 16 degrees and another gamma, always the same, "
+        "as each has its latents; harms what is known by its colour.",
+    )
     masks: Literal["off", "file", "alpha"] = Field(
         "off", description="Train a part of pictures only: what is white in NAME-masklabel.png beside NAME.png, or what alpha shows."
     )
@@ -139,7 +149,7 @@ class SetOptions(PictureOptions):
 
 
 # What [data] says of the subject, or of files beside its pictures, which a set without the subject does not take over.
-OF_THE_SUBJECT = frozenset({"trigger", "missing_caption", "caption_prefix", "caption_suffix", "masks"})
+OF_THE_SUBJECT = frozenset({"trigger", "missing_caption", "caption_column", "caption_prefix", "caption_suffix", "masks"})
 
 
 class DataOptions(PictureOptions):
@@ -167,8 +177,10 @@ class DataOptions(PictureOptions):
     upscale: bool = Field(
         True, description="Enlarge a picture that is smaller than its bucket; false: it gets the largest bucket that fits inside it."
     )
-    crop: Literal["centre", "random"] = Field(
-        "centre", description="What of a picture its bucket shows where the shapes differ: the middle, or each of four places in turn."
+    crop: Literal["centre", "random", "salient"] = Field(
+        "centre",
+        description="What of a picture its bucket shows where the shapes differ: the middle, each of four places in turn, or ('salient') "
+        "where most edges are, which knows nothing of faces.",
     )
     cache: FilePath | None = Field(
         None,
@@ -178,6 +190,11 @@ class DataOptions(PictureOptions):
     max_tokens: Literal[75, 150, 225] = Field(
         75,
         description="Tokens of a caption that are used, in chunks of 75 as WebUIs encode long prompts; every caption is padded to as many.",
+    )
+    prompt_weights: bool = Field(
+        False,
+        description="Read (word), [word] and (word:1.2) in captions as WebUIs do. Off, as brackets are often part of a tag, fate_(series): "
+        "with it on, write \\( and \\) there.",
     )
     sets: tuple[SetOptions, ...] = Field(
         (),

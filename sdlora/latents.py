@@ -107,7 +107,8 @@ def latents_key(item: Item, model: Model) -> str:
     mask = item.example.mask
     of_mask = () if mask is None else (mask.digest, mask.alpha)
     placed = (item.placed.resized, item.placed.crop, item.mirrored, item.background)
-    return fingerprint(images.PIXELS_VERSION, item.example.digest, *placed, model.vae_fingerprint, *of_mask)
+    colours = ("colours", item.colours) if item.colours else ()
+    return fingerprint(images.PIXELS_VERSION, item.example.digest, *placed, model.vae_fingerprint, *of_mask, *colours)
 
 
 def shown(item: Item) -> Shown:
@@ -118,8 +119,10 @@ def shown(item: Item) -> Shown:
         return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if item.mirrored else picture
 
     mask = item.example.mask
-    pixels = images.to_tensor(placed(images.decode(item.example.path, item.background, at_least=item.placed.resized)))
-    return Shown(pixels, None if mask is None else placed(images.decode_mask(mask.path, mask.alpha)))
+    picture = placed(images.decode(item.example.path, item.background, at_least=item.placed.resized))
+    if item.colours:
+        picture = images.vary_colour(picture, f"{item.example.digest}/{item.colours}")
+    return Shown(images.to_tensor(picture), None if mask is None else placed(images.decode_mask(mask.path, mask.alpha)))
 
 
 def at_once(model: Model) -> int:

@@ -108,6 +108,7 @@ def write_pictures(path: Path, items: Sequence[Item]) -> None:
             "resized": item.placed.resized,
             "crop": item.placed.crop,  # left, top, right, bottom
             "mirrored": item.mirrored,
+            "colours": item.colours,
             "regularises": item.regularises,
             "repeats": count * item.repeats,
         }

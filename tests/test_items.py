@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -59,16 +60,17 @@ weight = 0.5
 missing_caption = "trigger"
 trigger = "sks"
 flip = true
+colour_variants = 1
 caption_dropout = 0.0
 tag_dropout = 0.2
 """)
     assert told(items) == [
         ("a", "grass, sky", 3, 1.0, False),
         ("b", "grass, sky", 3, 1.0, False),
-        ("c", "sks", 1, 0.5, False),
-        ("c", "sks", 1, 0.5, False),
+        *[("c", "sks", 1, 0.5, False)] * 4,
     ]
-    assert [item.mirrored for item in items] == [False, False, False, True]
+    assert [(item.mirrored, item.colours) for item in items[2:]] == [(False, 0), (False, 1), (True, 0), (True, 1)]
+    assert not any(item.mirrored or item.colours for item in items[:2])
     assert items[0].rules == CaptionRules(dropout=0.1, shuffle=True, keep_tags=2, prefix="a photo of ohwx, ")
     assert items[2].rules == CaptionRules(tag_dropout=0.2, keep_tags=1)
     assert skipped == []
@@ -137,3 +139,17 @@ def test_time_ids_are_of_the_picture_as_it_is_shown(place: Path) -> None:
     item = Item(Example(place / "a.png", "a", (480, 200), "digest"), placed, False)
     assert item.time_ids == (200, 480, 3, 10, 32, 64)
     assert replace(item, mirrored=True).time_ids == (200, 480, 3, 96 - 74, 32, 64)
+
+
+def test_a_salient_crop_is_where_the_detail_is(place: Path) -> None:
+    (place / "pictures").mkdir()
+    pixels = np.full((32, 96, 3), 128, dtype=np.uint8)
+    pixels[:, 64:] = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(place / "pictures" / "right.png")
+    Image.fromarray(pixels[:, ::-1]).save(place / "pictures" / "left.png")
+    Image.fromarray(pixels[:, 64:]).save(place / "pictures" / "whole.png")
+    told = '[data]\nmissing_caption = "empty"\nmax_side = 32\ncrop = "{}"'
+    crops = {item.example.path.stem: item.placed.crop for item in find(told.format("salient"))[0]}
+    assert crops == {"left": (0, 0, 32, 32), "right": (64, 0, 96, 32), "whole": (0, 0, 32, 32)}
+    assert find(told.format("salient")) == find(told.format("salient"))
+    assert {item.placed.crop for item in find(told.format("centre"))[0]} == {(32, 0, 64, 32), (0, 0, 32, 32)}

@@ -151,6 +151,16 @@ def test_an_unreadable_picture_ends_the_fill_with_its_name(tmp_path: Path, items
         list(latents_of(tmp_path, items, Encoder()).fill())
 
 
+def test_a_colour_variant_has_its_own_latents_and_the_mask_of_its_picture(tmp_path: Path, items: list[Item]) -> None:
+    variants = [dataclasses.replace(items[2], colours=number) for number in range(3)]
+    latents = latents_of(tmp_path, variants, Encoder())
+    list(latents.fill())
+    assert torch.allclose(latents[0].mean, expected(items[2]), atol=1e-6)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(latents[a].mean, latents[b].mean)
+        assert torch.equal(latents[a].mask, latents[b].mask)  # type: ignore[arg-type]
+
+
 def test_the_key_moves_with_each_thing_that_latents_depend_on(items: list[Item]) -> None:
     item, model = items[2], FakeModel()
     mask = item.example.mask
@@ -170,6 +180,8 @@ def test_the_key_moves_with_each_thing_that_latents_depend_on(items: list[Item])
         key(of(mask=dataclasses.replace(mask, digest="edited"))),
         key(of(mask=dataclasses.replace(mask, alpha=True))),
         key(dataclasses.replace(item, mirrored=True)),
+        key(dataclasses.replace(item, colours=1)),
+        key(dataclasses.replace(item, colours=2)),
         key(dataclasses.replace(item, placed=Placed((16, 16), (17, 16), (0, 0, 16, 16)))),
         key(dataclasses.replace(item, placed=Placed((16, 16), (17, 16), (1, 0, 17, 16)))),
     ]

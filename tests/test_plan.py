@@ -78,6 +78,7 @@ def test_the_pictures_of_an_epoch_are_written_down(tmp_path: Path) -> None:
         "resized": [40, 27],
         "crop": [0, 1, 40, 25],
         "mirrored": False,
+        "colours": 0,
         "regularises": False,
         "repeats": 3,
     }

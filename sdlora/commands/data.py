@@ -38,23 +38,18 @@ def data_check_command(parsed: argparse.Namespace) -> int:
     from sdlora.items import find_items
     from sdlora.models.tokenizer import tokenizer_of
 
-    refusal = None
+    refusals: list[str] = []
     try:
-        items, skipped = find_items(chosen)
+        items, skipped = find_items(chosen, refusals.append)
     except DataError as error:
-        refusal = str(error)
-        sets = tuple(of.model_copy(update={"missing_caption": "empty"}) for of in chosen.data.sets)
-        lenient = {"on_bad_image": "skip", "missing_caption": "empty", "upscale": True, "sets": sets}
-        try:
-            items, skipped = find_items(chosen.model_copy(update={"data": chosen.data.model_copy(update=lenient)}))
-        except DataError:
-            say(f"Training would refuse: {refusal}")
-            return 1
+        for line in ["Training would refuse:", *(f"  {sentence}" for sentence in (*refusals, error))]:
+            say(line)
+        return 1
     places = [(item.example, item.placed) for item in items]
     seen = check.looks(list({example.path: None for example, _ in places}))
     tokenizer = tokenizer_of(chosen.model.base)
     report = check.check(
-        places, skipped, tokens=lambda text: len(tokenizer.tokenize(text)), max_tokens=chosen.data.max_tokens, seen=seen, refusal=refusal
+        places, skipped, tokens=lambda text: len(tokenizer.tokenize(text)), max_tokens=chosen.data.max_tokens, seen=seen, refusals=refusals
     )
     for line in check.lines(report):
         say(line)
@@ -64,4 +59,4 @@ def data_check_command(parsed: argparse.Namespace) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(places, colour(chosen.data.background)).save(path)
         say(f"Sheet: {shown(path)}")
-    return 1 if refusal else 0
+    return 1 if refusals else 0

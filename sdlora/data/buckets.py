@@ -3,6 +3,8 @@
 The idea is NovelAI's (Aspect Ratio Bucketing, 2022); a batch is drawn from one bucket only.
 """
 
+from __future__ import annotations
+
 import math
 import random
 from collections.abc import Sequence
@@ -21,6 +23,10 @@ class Placed:
     bucket: tuple[int, int]
     resized: tuple[int, int]
     crop: tuple[int, int, int, int]  # left, top, right, bottom in the resized picture
+
+    def cut_at(self, left: int, top: int) -> Placed:
+        """The same, with another corner of the crop."""
+        return replace(self, crop=(left, top, left + self.bucket[0], top + self.bucket[1]))
 
 
 @cache
@@ -104,7 +110,7 @@ def random_crops(placed: Placed, seed: str) -> list[Placed]:
     rng = random.Random(f"crop/{seed}")  # random() keeps its sequence between versions of Python; randrange() need not
     room = (placed.resized[0] - placed.bucket[0] + 1, placed.resized[1] - placed.bucket[1] + 1)
     corners = [(int(rng.random() * room[0]), int(rng.random() * room[1])) for _ in range(RANDOM_CROPS)]
-    return [replace(placed, crop=(left, top, left + placed.bucket[0], top + placed.bucket[1])) for left, top in corners]
+    return [placed.cut_at(left, top) for left, top in corners]
 
 
 def _distance(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[float, int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sdlora.data import images
+from sdlora.data import images, saved
 from sdlora.data.buckets import Placed, enlargement
 from sdlora.data.dataset import Example
 
@@ -36,7 +36,7 @@ class Report:
     max_tokens: int  # of a caption that are used, beside the marks of start and end
     unreadable: list[tuple[Path, str]]
     unused: list[tuple[Path, str]]
-    refusal: str | None  # why training would not start
+    refusals: list[str]  # why training would not start
 
 
 def check(
@@ -46,7 +46,7 @@ def check(
     tokens: Callable[[str], int],
     max_tokens: int = 75,
     seen: Mapping[Path, Look] | None = None,
-    refusal: str | None = None,
+    refusals: Iterable[str] = (),
 ) -> Report:
     """`places` and `skipped` are what was found; a picture may come in several places. Look-alikes are sought among `seen`."""
     places = list(dict.fromkeys(places))
@@ -59,7 +59,7 @@ def check(
     for path, example in examples.items():
         by_digest.setdefault(example.digest, []).append(path)
     distinct = {same[0] for same in by_digest.values()}
-    left_out = [(path, path.suffix.lower() in images.IMAGE_SUFFIXES, reason) for path, reason in skipped]
+    left_out = [(path, path.suffix.lower() in images.IMAGE_SUFFIXES or saved.is_row(path), reason) for path, reason in skipped]
     return Report(
         sizes={path: example.size for path, example in examples.items()},
         captions=len({example.caption for example in examples.values()}),
@@ -72,7 +72,7 @@ def check(
         max_tokens=max_tokens,
         unreadable=[(path, reason) for path, is_picture, reason in left_out if is_picture],
         unused=[(path, reason) for path, is_picture, reason in left_out if not is_picture],
-        refusal=refusal,
+        refusals=list(refusals),
     )
 
 
@@ -120,18 +120,21 @@ def look_alikes(of: Mapping[Path, Look]) -> list[list[Path]]:
 
 
 def lines(report: Report) -> Iterator[str]:
-    """The report as a page."""
+    """The report as a page, an empty line before each finding."""
     widths, heights = zip(*report.sizes.values(), strict=True)
     yield f"Pictures     {len(report.sizes)}, {min(widths)} to {max(widths)} px wide and {min(heights)} to {max(heights)} px high"
     yield f"Captions     {report.captions} different"
     yield f"Buckets      {', '.join(f'{width}x{height} ({n})' for (width, height), n in sorted(report.buckets.items()))}"
-    for title, entries in _findings(report).items():
+    for title, entries in (_findings(report) | {"Training would refuse": report.refusals}).items():
         if entries:
-            yield f"\n{title} ({len(entries)}):"
+            yield ""
+            yield f"{title} ({len(entries)}):"
             yield from (f"  {entry}" for entry in entries[:NAMED])
             if len(entries) > NAMED:
                 yield f"  and {len(entries) - NAMED} more"
-    yield f"\nTraining would refuse: {report.refusal}" if report.refusal else "\nTraining would start."
+    if not report.refusals:
+        yield ""
+        yield "Training would start."
 
 
 def short(report: Report) -> Iterator[str]:

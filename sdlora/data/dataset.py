@@ -2,7 +2,7 @@
 
 Captions come from metadata.jsonl or metadata.csv, or from a text file beside the picture. Where both have one, the table is right, as it is
 for Hugging Face's and kohya's programs; a text file that says something else is named among what was left out. A folder without pictures
-of its own may hold kohya's subfolders instead, `<repeats>_<token> <class>`.
+of its own may hold kohya's subfolders instead, `<repeats>_<token> <class>`; or a folder is a dataset that Hugging Face's library saved.
 """
 
 import difflib
@@ -10,16 +10,16 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from sdlora.data import metadata
+from sdlora.data import metadata, saved
 from sdlora.data.captions import PLACEHOLDER, SEPARATORS, apply_trigger, read_caption
-from sdlora.data.images import IMAGE_SUFFIXES, MAX_PIXELS, examine
+from sdlora.data.images import IMAGE_SUFFIXES, MAX_PIXELS, examine, open_file
 from sdlora.data.metadata import leads_out
 from sdlora.errors import DataError
 
@@ -30,6 +30,14 @@ STRAY_STEMS = frozenset({"thumbs", "desktop", "license", "licence", "readme", "c
 KOHYA_NAME = re.compile(r"([1-9]\d{0,3})_(.*\S.*)")  # repeats, and what the pictures show; more digits would be a date
 LEADS_OUT = "it is a link that leads out of the folder"
 NAMED_IN_MESSAGES = 3
+
+
+Refuse = Callable[[str], None]
+"""Hears, in a sentence, what training refuses; returns where it is enough to know that, as for a check of the folder."""
+
+
+def refuse(sentence: str) -> None:
+    raise DataError(sentence)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ def find_examples(
     folder: Path,
     *,
     caption_extension: str = "auto",
+    caption_column: str = "",
     caption_lines: Literal["join", "pick"] = "join",
     missing_caption: Literal["error", "empty", "trigger"],
     trigger: str,
@@ -90,18 +99,21 @@ def find_examples(
     on_bad_image: Literal["error", "skip"],
     masks: Literal["off", "file", "alpha"] = "off",
     max_pixels: int = MAX_PIXELS,
+    refuse: Refuse = refuse,
 ) -> Found:
-    """The examples in `folder` in natural order of their names, each picture decoded once; raises DataError.
+    """The examples in `folder` in natural order of their names, each picture decoded once; raises DataError where there are none.
 
-    These are the pictures directly in it, and those in subfolders that its table names. A text file belongs to the picture of exactly the
-    same stem beside it, and so does a mask, `cat-masklabel.png` beside `cat.jpg`, whose size must be the picture's. `fallback` is the
-    caption of pictures that have none or only white space, and where that is empty, too, `missing_caption` says what becomes of them.
+    These are the pictures directly in it, and those in subfolders that its table names, or the rows of a dataset. A text file belongs to
+    the picture of exactly the same stem beside it, and so does a mask, `cat-masklabel.png` beside `cat.jpg`, whose size must be the
+    picture's. `fallback` is the caption of pictures that have none or only white space, and where that is empty, too, `missing_caption`
+    says what becomes of them.
     around: what a prefix and a suffix will put round each caption, where the trigger may stand as well.
     """
     separator = SEPARATORS[caption_lines]
-    files, subfolders = _list(folder)
-    table = metadata.read_table(folder, separator)
+    is_saved = saved.is_saved(folder)
+    table = (saved if is_saved else metadata).read_table(folder, separator, caption_column)
     named = table.captions if table else {}
+    files, subfolders = (list(named), []) if is_saved else _list(folder)
     files += _below(folder, named)
     listed = set(files)
     skipped = [*table.skipped, *((path, "a hidden file") for path in named if path not in listed)] if table else []
@@ -112,27 +124,24 @@ def find_examples(
     pipes = {path for path in files if not _is_picture(path) and path.exists() and not path.is_file()}  # to open one would wait for ever
     skipped += [(path, "it is not a regular file") for path in files if path in pipes]
     files = [path for path in files if _is_picture(path) or path not in outside | pipes]
-    if table:
-        files.remove(table.path)
     mask_files = [path for path in files if _is_mask(path)]
     pictures = [path for path in files if _is_picture(path)]
-    files = [path for path in files if not _is_mask(path)]
+    files = [path for path in files if not (_is_mask(path) or (table and path == table.path))]
     if not pictures:
         raise DataError(f"{folder} has no pictures ({_extensions(IMAGE_SUFFIXES)}): {_contents(files, subfolders)}.")
     suffixes = CAPTION_SUFFIXES if caption_extension == "auto" else ("." + caption_extension.lower().lstrip("."),)
     sidecars = {(_place(path), path.suffix.lower()): path for path in files if path.suffix.lower() in suffixes}
-    _refuse_shared_captions(pictures, list(sidecars.values()))
+    _refuse_shared_captions(pictures, list(sidecars.values()), refuse)
 
     examples: list[Example] = []
+    unreadable: list[tuple[Path, str]] = []
     without_caption: list[Path] = []
     passed_over: dict[Path, Path] = {}  # caption file -> the file that was right instead
     examined = dict.fromkeys(outside, (LEADS_OUT, "")) | _examine_all([path for path in pictures if path not in outside], max_pixels)
     for path in pictures:
         size, digest = examined[path]
         if isinstance(size, str):
-            if on_bad_image == "error":
-                raise DataError(f"{path} cannot be read: {size}; repair or remove it, or set on_bad_image to 'skip'.")
-            skipped.append((path, size))
+            unreadable.append((path, size))
             continue
         beside = [sidecars[_place(path), suffix] for suffix in suffixes if (_place(path), suffix) in sidecars]
         written = {sidecar: read_caption(sidecar, separator) for sidecar in beside}
@@ -141,7 +150,7 @@ def find_examples(
         if source is not None:
             passed_over |= {sidecar: source for sidecar, text in written.items() if text != caption}
             if PLACEHOLDER in caption and not trigger:
-                raise DataError(f"The caption {source} has {PLACEHOLDER} in it but no trigger is set; set one or take it out.")
+                refuse(f"The caption {source} has {PLACEHOLDER} in it but no trigger is set; set one or take it out.")
             caption = apply_trigger(caption, trigger, around)
         elif fallback:
             caption = apply_trigger(fallback, trigger, around)
@@ -150,18 +159,24 @@ def find_examples(
             caption = trigger if missing_caption == "trigger" else ""
         examples.append(Example(path, caption, size, digest, Mask(path, digest, True) if masks == "alpha" else None))
 
+    skipped += unreadable
+    if unreadable and on_bad_image == "error":
+        first, reason = unreadable[0]
+        others = f" and {len(unreadable) - 1} more that cannot" if unreadable[1:] else ""
+        refuse(f"{first} cannot be read: {reason}; repair or remove it{others}, or set on_bad_image to 'skip'.")
     if not examples:
-        first, reason = next(left_out for left_out in skipped if left_out[0] in pictures)
+        first, reason = unreadable[0]
         raise DataError(f"None of the {len(pictures)} pictures in {folder} can be read; the first, {first.name}: {reason}.")
     if without_caption and missing_caption == "error":
         names = ", ".join(path.name for path in without_caption[:NAMED_IN_MESSAGES])
-        raise DataError(
+        refuse(
             f"{len(without_caption)} of {len(examples)} pictures in {folder} have no caption"
-            f" ({names}{', ...' if len(without_caption) > NAMED_IN_MESSAGES else ''}); write each into a file of the same name that ends in"
-            f" {' or '.join(suffixes)}, or set missing_caption to 'trigger' or 'empty'."
+            f" ({names}{', ...' if len(without_caption) > NAMED_IN_MESSAGES else ''}); "
+            + ("" if is_saved else f"write each into a file of the same name that ends in {' or '.join(suffixes)}, or ")
+            + "set missing_caption to 'trigger' or 'empty'."
         )
     if masks == "file":
-        examples = _with_masks(examples, mask_files, max_pixels, {_place(path) for path in pictures})
+        examples = _with_masks(examples, mask_files, max_pixels, {_place(path) for path in pictures}, refuse)
     else:
         skipped += [(path, "a mask; set data.masks = 'file' to use it") for path in mask_files]
     return Found(tuple(examples), tuple(skipped + _left_over(files, suffixes, passed_over)))
@@ -187,7 +202,7 @@ def _below(folder: Path, named: Mapping[Path, str]) -> list[Path]:
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(MASK_SUFFIX)
+    return (path.suffix.lower() in IMAGE_SUFFIXES and not path.stem.endswith(MASK_SUFFIX)) or saved.is_row(path)
 
 
 def _is_mask(path: Path) -> bool:
@@ -199,13 +214,13 @@ def _masked(mask: Path) -> Path:
     return mask.parent / mask.stem.removesuffix(MASK_SUFFIX)
 
 
-def _with_masks(examples: Sequence[Example], files: Sequence[Path], max_pixels: int, pictures: Set[Path]) -> list[Example]:
+def _with_masks(examples: Sequence[Example], files: Sequence[Path], max_pixels: int, pictures: Set[Path], refuse: Refuse) -> list[Example]:
     """Each example with the mask of its name, if there is one; `pictures` are the places of all, unreadable ones too."""
     by_place = {_masked(path): path for path in files}
     strays = by_place.keys() - pictures
     if strays or not files:
         named = f"{by_place[min(strays)].name} belongs to no picture" if strays else f"there is no NAME{MASK_SUFFIX}.png in the folder"
-        raise DataError(f"data.masks = 'file', but {named}; name each mask after its picture.")
+        refuse(f"data.masks = 'file', but {named}; name each mask after its picture.")
     found = []
     for example in examples:
         path = by_place.get(_place(example.path))
@@ -215,7 +230,9 @@ def _with_masks(examples: Sequence[Example], files: Sequence[Path], max_pixels: 
         size = examine(path, max_pixels)
         if size != example.size:
             wrong = size if isinstance(size, str) else "it has {}x{} pixels, and the picture {}x{}".format(*size, *example.size)
-            raise DataError(f"The mask {path} does not fit {example.path.name}: {wrong}.")
+            refuse(f"The mask {path} does not fit {example.path.name}: {wrong}.")
+            found.append(example)
+            continue
         found.append(replace(example, mask=Mask(path, _digest(path), False)))
     return found
 
@@ -252,26 +269,26 @@ def _examine_all(pictures: Sequence[Path], max_pixels: int) -> dict[Path, tuple[
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _left_over(files: Sequence[Path], suffixes: Sequence[str], passed_over: Mapping[Path, Path]) -> list[tuple[Path, str]]:
     """The files that are neither picture nor caption of one, each with the reason; strays are not worth a line."""
-    places = {_place(path) for path in files if path.suffix.lower() in IMAGE_SUFFIXES}
+    places = {_place(path) for path in files if _is_picture(path)}
     left_over = []
     for path in files:
         is_caption = path.suffix.lower() in suffixes
         if path in passed_over:
             left_over.append((path, f"the caption is taken from {passed_over[path].name}"))
-        elif path.suffix.lower() in IMAGE_SUFFIXES or (is_caption and _place(path) in places):
+        elif _is_picture(path) or (is_caption and _place(path) in places):
             continue  # used, or its picture is listed, as unreadable
         elif path.stem.lower() not in STRAY_STEMS:
             left_over.append((path, "a caption without a picture of the same name" if is_caption else "not a picture"))
     return left_over
 
 
-def _refuse_shared_captions(pictures: Sequence[Path], sidecars: Sequence[Path]) -> None:
+def _refuse_shared_captions(pictures: Sequence[Path], sidecars: Sequence[Path], refuse: Refuse) -> None:
     by_place: dict[Path, list[Path]] = {}
     for path in pictures:
         by_place.setdefault(_place(path), []).append(path)
@@ -279,9 +296,7 @@ def _refuse_shared_captions(pictures: Sequence[Path], sidecars: Sequence[Path]) 
         sharing = by_place.get(_place(sidecar), [])
         if len(sharing) > 1:
             names = " and ".join(path.name for path in sharing)
-            raise DataError(
-                f"{names} in {sidecar.parent} share the caption {sidecar.name}; remove one of them or give it a name of its own."
-            )
+            refuse(f"{names} in {sidecar.parent} share the caption {sidecar.name}; remove one of them or give it a name of its own.")
 
 
 def _contents(files: Sequence[Path], subfolders: Sequence[Path]) -> str:

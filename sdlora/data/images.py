@@ -2,6 +2,8 @@
 
 import io
 import logging
+import math
+import random
 import stat
 import struct
 from collections.abc import Iterator
@@ -14,18 +16,22 @@ from PIL import ExifTags, Image, ImageCms, ImageColor, ImageFile, ImageOps, Unid
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
+from sdlora.data import saved
 from sdlora.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif"})
 # Pillow judges by content, not by name: without this list a .png that is PostScript inside would start Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
-# Part of the key of cached latents: raise it when decode() or crop_to() comes to give other pixels for the same file.
+# Part of the key of cached latents: raise it when decode(), crop_to() or vary_colour() comes to give other pixels for the same file.
 PIXELS_VERSION = 2
 MAX_PIXELS = 200_000_000  # what the largest phone cameras make; 600 MB as RGB
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` takes the place of Pillow's limit, which would refuse what the option allows
 WHITE = (255, 255, 255)
 # A draft keeps twice the size asked for: libjpeg shrinks by what is nearly a mean over blocks, and Lanczos has the last halving.
 DRAFT_MARGIN = 2
+# How far vary_colour() goes to either side: as a photograph under other light, and no orange turns green.
+HUE_TURN = 16.0  # degrees
+GAMMA = 1.15
 # What Pillow's decoders raise on damaged files, found by feeding them some.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, ArithmeticError, IndexError, struct.error)
 
@@ -85,6 +91,23 @@ def crop_to(picture: Image.Image, size: tuple[int, int], box: tuple[int, int, in
     return resized.crop(box)
 
 
+def vary_colour(picture: Image.Image, seed: str) -> Image.Image:
+    """RGB with its hues turned and its brightness bent, both by amounts that follow from the seed; black, white and grey stay grey."""
+    rng = random.Random(f"colour/{seed}")  # random() keeps its sequence between versions of Python
+    turn, gamma = (most * (2 * rng.random() - 1) for most in (HUE_TURN, math.log(GAMMA)))
+    bent = [round(255 * (level / 255) ** math.exp(gamma)) for level in range(256)]
+    return picture.convert("RGB", _hue_rotation(math.radians(turn))).point(bent * 3)
+
+
+def _hue_rotation(angle: float) -> tuple[float, ...]:
+    """Rows of a matrix that turns hues and leaves luminance as it is (W3C, Filter Effects Module 1, feColorMatrix hueRotate); the fourth
+    column is what is added."""
+    luminance = np.array([[0.213, 0.715, 0.072]] * 3)
+    across = np.array([[-0.213, -0.715, 0.928], [0.143, 0.140, -0.283], [-0.787, 0.715, 0.072]])
+    matrix = luminance + math.cos(angle) * (np.eye(3) - luminance) + math.sin(angle) * across
+    return tuple(np.pad(matrix, ((0, 0), (0, 1))).ravel().tolist())
+
+
 def to_tensor(picture: Image.Image) -> torch.Tensor:
     """RGB picture -> float32 (3, H, W) in -1 .. 1, the range of the VAE."""
     pixels = torch.from_numpy(np.array(picture))  # (H, W, 3) uint8
@@ -110,22 +133,29 @@ def mask_to_tensor(mask: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(np.array(small)).float()[None] / 255
 
 
+def open_file(path: Path) -> io.BufferedReader | io.BytesIO:
+    """The bytes of a picture, whether a file or a row of a saved dataset. Raises OSError, or ValueError."""
+    if saved.is_row(path):
+        return saved.open_row(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")  # to open a fifo waits for its writer
+    return path.open("rb")
+
+
 @contextmanager
 def _opened(path: Path, max_pixels: int | None = None) -> Iterator[ImageFile.ImageFile]:
     """The picture with its header read and nothing decoded."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is not a regular file")  # to open a fifo waits for its writer
-    with Image.open(path, formats=_formats(path)) as picture:
+    with open_file(path) as file, Image.open(file, formats=_formats(file)) as picture:
         width, height = picture.size
         if max_pixels is not None and width * height > max_pixels:
             raise ValueError(f"it has {width}x{height} pixels, above data.max_pixels = {max_pixels} (raise that if you have the memory)")
         yield picture
 
 
-def _formats(path: Path) -> tuple[str, ...]:
+def _formats(file: io.BufferedReader | io.BytesIO) -> tuple[str, ...]:
     """The formats that the file may be in; HEIC is looked for only where the file says that it is."""
-    with path.open("rb") as file:
-        start = file.read(32)  # ISO 14496-12: the size of the first box, "ftyp", the brand, a version, the brands it is compatible with
+    start = file.read(32)  # ISO 14496-12: the size of the first box, "ftyp", the brand, a version, the brands it is compatible with
+    file.seek(0)
     brands = {start[at : at + 4] for at in (8, *range(16, 32, 4))}
     if start[4:8] != b"ftyp" or brands & {b"avif", b"avis"} or not brands & {b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1"}:
         return FORMATS
@@ -144,7 +174,10 @@ def _load(picture: ImageFile.ImageFile, path: Path, at_least: tuple[int, int] | 
         _shrink(picture, at_least[::-1] if _lies(picture) else at_least)
     if picture.format == "PNG":
         _scale_key(picture)
+    announced = picture.size
     picture.load()
+    if picture.size != announced:  # HEIC says it twice, and a cap on the first must not let a larger second through
+        raise ValueError("its header says {}x{} pixels, and it has {}x{}".format(*announced, *picture.size))
     if getattr(picture, "is_animated", False) and picture.format != "MPO":  # the second picture of a camera's file is a preview or a depth
         logger.warning("%s: it has several frames, of which the first is used", path)
     lies = _lies(picture)
@@ -229,7 +262,7 @@ def _reason(path: Path, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return "the file is empty (0 bytes)"
     if isinstance(error, UnidentifiedImageError):
-        return f"it is no picture in a known format ({', '.join(FORMATS)})"
+        return f"it is damaged, or no picture in a known format ({', '.join(FORMATS)}, HEIC)"
     return str(error).rstrip(".") or type(error).__name__
 
 

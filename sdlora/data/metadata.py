@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -13,7 +13,7 @@ from sdlora.data.captions import read_text, tidy
 from sdlora.errors import DataError
 
 NAMES = ("metadata.jsonl", "metadata.csv")
-CAPTION_COLUMNS = ("text", "caption", "prompt")  # the first of these that a table has
+CAPTION_COLUMNS = ("text", "caption", "prompt")  # the first of these that a table has, unless another is asked for
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,16 @@ class Table:
     skipped: tuple[tuple[Path, str], ...]  # each with the reason
 
 
-def read_table(folder: Path, separator: str = " ") -> Table | None:
-    """The folder's table, None where it has none; lines of a caption get `separator` between them.
+def read_table(folder: Path, separator: str = " ", column: str = "") -> Table | None:
+    """The folder's table, None where it has none; captions are those in `column`, their lines with `separator` between them.
 
     Every `file_name` stays inside the folder, subfolders included. Raises DataError for names that lead out, for a picture that is
     named twice, and for rows that cannot be read.
     """
     found = [folder / name for name in NAMES if (folder / name).is_file()]
     if not found:
+        if column:
+            raise DataError(f"{folder} has no {' or '.join(NAMES)} with the column of data.caption_column = '{column}'; leave it out.")
         return None
     if len(found) > 1:
         raise DataError(f"{folder} holds both {' and '.join(NAMES)}; remove one of them.")
@@ -40,10 +42,9 @@ def read_table(folder: Path, separator: str = " ") -> Table | None:
     rows = [_row(line, row, path) for line, row in _READERS[path.name](path)]
     if not rows:
         raise DataError(f"{path} has no rows; write one for each picture, or remove the file.")
-    columns = [column for column in CAPTION_COLUMNS if any(column in row for _, row in rows)]
-    if not columns:
-        raise DataError(f"{path} has no captions: it needs a column called {', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}.")
-    skipped = [(path, f"its column '{column}' is not used: captions are taken from '{columns[0]}'") for column in columns[1:]]
+    columns = list(dict.fromkeys(name for _, row in rows for name in row if name is not None))  # None: more cells than the CSV's head
+    chosen, others = caption_column(columns, column, path)
+    skipped = list(others)
 
     captions: dict[Path, str] = {}
     for line, row in rows:
@@ -53,11 +54,30 @@ def read_table(folder: Path, separator: str = " ") -> Table | None:
         if not os.path.isfile(picture):  # Path.is_file raises for names that are too long
             skipped.append((picture, f"{path.name} names it, but there is no such file"))
             continue
-        caption = row.get(columns[0]) or ""
-        if not isinstance(caption, str):
-            raise DataError(f"{path}, line {line}: {columns[0]} is {json.dumps(caption)}, which is no text.")
-        captions[picture] = tidy(caption, separator)
+        captions[picture] = as_caption(row.get(chosen), chosen, f"{path}, line {line}", separator)
     return Table(path, captions, tuple(skipped))
+
+
+def caption_column(columns: Sequence[str], asked: str, table: Path) -> tuple[str, tuple[tuple[Path, str], ...]]:
+    """The column of captions, and others that could have been meant, as what is left out. Raises DataError."""
+    if asked:
+        if asked not in columns:
+            raise DataError(f"{table} has no column called {asked}, as data.caption_column says; it has {', '.join(columns)}.")
+        return asked, ()
+    usual = [column for column in CAPTION_COLUMNS if column in columns]
+    if not usual:
+        raise DataError(
+            f"{table} has no captions: it needs a column called {', '.join(CAPTION_COLUMNS[:-1])} or {CAPTION_COLUMNS[-1]}, or set"
+            f" data.caption_column to one of {', '.join(columns)}."
+        )
+    return usual[0], tuple((table, f"its column '{column}' is not used: captions are taken from '{usual[0]}'") for column in usual[1:])
+
+
+def as_caption(value: Any, column: str, place: str, separator: str) -> str:
+    """What stands in a cell, "" where it is empty. Raises DataError for what is no text."""
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{place}: {column} is {json.dumps(value, default=str)}, which is no text.")
+    return tidy(value or "", separator)
 
 
 def leads_out(path: Path, root: Path) -> bool:

@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
+from sdlora import config
 from sdlora.cli import main
+from sdlora.data import dataset
 from sdlora.data.buckets import Placed, place
 from sdlora.data.check import Look, check, lines, look_alikes, looks, short
 from sdlora.data.dataset import Example
+from sdlora.data.images import examine
 from sdlora.data.sheet import CELL, FRAME, GAP, HEADING, draw_sheet
+from sdlora.errors import DataError
+from sdlora.items import find_items
 
 
 def example(name: str, size: tuple[int, int] = (512, 512), caption: str = "a cat", digest: str = "") -> tuple[Example, Placed]:
@@ -37,7 +42,7 @@ def test_a_report_by_hand() -> None:
         example("e.png", (600, 600), caption="word " * 76),
     ]
     skipped = [(Path("f.png"), "the file is empty (0 bytes)"), (Path("g.txt"), "a caption without a picture of the same name")]
-    report = check(places, skipped, tokens=words, refusal="no")
+    report = check(places, skipped, tokens=words, refusals=["no", "and no"])
     assert len(report.sizes) == 5 and report.captions == 4
     assert report.buckets == {(512, 512): 4, (640, 384): 1}
     assert report.copies == [[Path("a.png"), Path("b.png")]] and report.alike == []
@@ -47,7 +52,7 @@ def test_a_report_by_hand() -> None:
     page = "\n".join(lines(report))
     for text in ("5, 256 to 640 px wide and 256 to 600 px high", "512x512 (4), 640x384 (1)", "a.png = b.png", "d.png, 256x256, 2.00 times"):
         assert text in page
-    assert "e.png, 76" in page and "f.png: the file is empty" in page and page.endswith("Training would refuse: no")
+    assert "e.png, 76" in page and "f.png: the file is empty" in page and page.endswith("Training would refuse (2):\n  no\n  and no")
     assert list(short(report)) == [
         "Exact copies: 1, as a.png = b.png.",
         "Pictures smaller than their bucket, so enlarged: 1, as d.png, 256x256, 2.00 times.",
@@ -59,7 +64,7 @@ def test_a_report_by_hand() -> None:
 def test_nothing_to_say_is_not_said() -> None:
     report = check([example("a.png")], [], tokens=words)
     assert list(short(report)) == []
-    assert list(lines(report))[-1] == "\nTraining would start." and len(list(lines(report))) == 4
+    assert list(lines(report))[-1] == "Training would start." and len(list(lines(report))) == 5
 
 
 def test_look_alikes_are_found_whatever_their_size_and_format(tmp_path: Path) -> None:
@@ -130,12 +135,38 @@ def test_the_command_says_why_training_would_refuse_and_all_else_too(tmp_path: P
     assert main(["data", "check", str(folder)]) == 1
     told = capsys.readouterr().out
     assert "bad.png: the file is empty (0 bytes)" in told and "Empty captions (1):\n  2.png" in told
-    assert "Training would refuse:" in told and "bad.png" in told.split("Training would refuse:")[1]
+    refused = told.split("Training would refuse (2):\n")[1].splitlines()
+    assert "bad.png cannot be read" in refused[0] and "1 of 3 pictures" in refused[1] and "no caption (2.png)" in refused[1]
     assert main(["data", "check", str(folder), "--on_bad_image", "skip", "--missing_caption", "empty"]) == 0
     empty = tmp_path / "empty"
     empty.mkdir()
     assert main(["data", "check", str(empty)]) == 1
     assert "has no pictures" in capsys.readouterr().out
+
+
+def test_every_refusal_is_told_at_once_and_every_picture_decoded_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, decoded = folder_of(tmp_path), []
+    blobs(7, (96, 64)).save(folder / "0.jpg")  # which shares the caption of 0.png
+    (folder / "1.txt").write_text("a {trigger}")
+    (folder / "2.txt").unlink()
+    blobs(8, (16, 16)).save(folder / "small.png")
+    (folder / "small.txt").write_text("small")
+    for name in ("bad.png", "worse.png"):
+        (folder / name).touch()
+    blobs(9, (5, 5)).save(folder / "no-masklabel.png")
+    monkeypatch.setattr(dataset, "examine", lambda path, max_pixels: decoded.append(path.name) or examine(path, max_pixels))
+    flags = ["--resolution", "64", "--bucket_step", "32", "--upscale", "false", "--masks", "file"]
+    assert main(["data", "check", str(folder), *flags]) == 1
+    refused = capsys.readouterr().out.split("Training would refuse (6):\n")[1].splitlines()
+    words = ("share the caption 0.txt", "1.txt has {trigger}", "bad.png cannot be read", "(2.png)", "belongs to no picture", "16x16 pixels")
+    for sentence, word in zip(refused, words, strict=True):
+        assert word in sentence
+    assert "remove it and 1 more that cannot" in refused[2]
+    assert sorted(decoded) == ["0.jpg", "0.png", "1.png", "2.png", "bad.png", "small.png", "worse.png"]
+    with pytest.raises(DataError, match=r"share the caption 0\.txt"):  # training stops at the first
+        find_items(config.load([], [("data.folder", str(folder))]))
 
 
 def test_the_command_reads_a_config_and_counts_by_its_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

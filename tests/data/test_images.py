@@ -1,11 +1,12 @@
 """Odd pictures, made on the fly, against the pixels they stand for."""
 
+import colorsys
 import contextlib
 import io
 import logging
+import math
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,7 +14,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from sdlora.data.images import colour, crop_to, decode, decode_mask, examine, mask_to_tensor, read_size, to_tensor
+from sdlora.data.images import (
+    _hue_rotation,
+    colour,
+    crop_to,
+    decode,
+    decode_mask,
+    examine,
+    mask_to_tensor,
+    read_size,
+    to_tensor,
+    vary_colour,
+)
 from sdlora.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -322,27 +334,44 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
         decode(tmp_path / "folder.png")
 
 
-def test_heic_is_opened_by_its_package_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package, calls = ModuleType("pillow_heif"), []
-    package.register_heif_opener = lambda: calls.append(1)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "pillow_heif", package)
-    monkeypatch.setitem(Image.OPEN, "HEIF", (lambda file, name: Image.open(io.BytesIO(bmp)), lambda start: start[4:12] == b"ftypheic"))
-    bmp = io.BytesIO()
-    Image.fromarray(gradient()).save(bmp, "bmp")
-    bmp = bmp.getvalue()
-    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
-    assert np.array_equal(pixels_of(decode(tmp_path / "a.heic")), gradient())
-    assert calls
-    calls.clear()
-    Image.fromarray(gradient()).save(tmp_path / "a.avif")
-    decode(tmp_path / "a.avif")
-    assert not calls
+def test_only_heic_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
+    Image.fromarray(gradient()).save(tmp_path / "a.avif")  # which begins as HEIC does
+    assert examine(tmp_path / "a.avif") == (40, 24)
 
 
 def test_colours_by_name_and_number() -> None:
     assert colour("#0a14ff") == (10, 20, 255) and colour("white") == (255, 255, 255)
     with pytest.raises(ValueError):
         colour("no colour")
+
+
+# ---------------------------------------------------------------- colour variants
+
+
+def test_variants_turn_hues_and_keep_grey(tmp_path: Path) -> None:
+    colours = np.array([[[200, 60, 60], [60, 200, 60], [60, 60, 200], [0, 0, 0], [255, 255, 255], [90, 90, 90]]], dtype=np.uint8)
+    picture = Image.fromarray(colours)
+    turns, levels = set(), set()
+    for seed in range(200):
+        varied = pixels_of(vary_colour(picture, str(seed)))[0]
+        assert np.array_equal(varied, pixels_of(vary_colour(picture, str(seed)))[0])
+        assert varied[3].tolist() == [0] * 3 and varied[4].tolist() == [255] * 3
+        assert np.ptp(varied[5]) <= 1
+        hues = [360 * colorsys.rgb_to_hsv(*(pixel / 255))[0] for pixel in varied[:3]]
+        turns.add(round((hues[0] + 180) % 360 - 180))
+        levels.add(int(varied[5].mean()))
+        assert abs(hues[1] - 120) < 30 and abs(hues[2] - 240) < 30
+    assert min(turns) < -10 and max(turns) > 10
+    # 255 * (90 / 255) ** 1.15 = 77 and ** (1 / 1.15) = 103
+    assert 77 <= min(levels) <= 79 and 101 <= max(levels) <= 103
+
+
+def test_a_turn_of_nothing_changes_nothing_and_one_of_90_degrees_by_hand() -> None:
+    assert np.allclose(np.reshape(_hue_rotation(0.0), (3, 4)), np.eye(3, 4))
+    # Red: its luminance 0.213 in each channel, and the first column of the sine's matrix.
+    assert np.reshape(_hue_rotation(math.pi / 2), (3, 4))[:, 0] == pytest.approx([0.0, 0.356, -0.574])
+    assert np.array([0.213, 0.715, 0.072]) @ np.reshape(_hue_rotation(0.2), (3, 4))[:, :3] == pytest.approx([0.213, 0.715, 0.072], abs=1e-3)
 
 
 # ---------------------------------------------------------------- drafts

@@ -54,6 +54,21 @@ def test_one_column_is_right_and_the_others_are_told(tmp_path: Path) -> None:
     assert table.skipped == ((path, "its column 'prompt' is not used: captions are taken from 'caption'"),)
 
 
+def test_another_column_can_be_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"file_name": "a.png", "text": "t", "tags": "x, y"}, {"file_name": "b.png", "text": "t"}])
+    table = read_table(tmp_path, column="tags")
+    assert table is not None and list(table.captions.values()) == ["x, y", ""] and table.skipped == ()
+    with pytest.raises(DataError, match=r"no column called tag, as data\.caption_column says; it has file_name, text, tags\."):
+        read_table(tmp_path, column="tag")
+    path.unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,words\na.png,a cat,and more\n")  # a cell too many has no name
+    with pytest.raises(DataError, match=r"or set data\.caption_column to one of file_name, words\."):
+        read_table(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
+    with pytest.raises(DataError, match=r"no metadata\.jsonl or metadata\.csv with the column of data\.caption_column = 'words'"):
+        read_table(tmp_path, column="words")
+
+
 def test_pictures_in_subfolders_are_named_and_missing_ones_told(tmp_path: Path) -> None:
     write(tmp_path, [{"file_name": name, "text": name} for name in ("sub/a.png", "./b.png", "c.png", "x" * 300)], ("sub/a.png", "b.png"))
     table = read_table(tmp_path)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
@@ -24,6 +25,7 @@ from sdlora.data.dataset import find_examples
 from sdlora.data.images import decode, examine
 from sdlora.errors import DataError
 
+pillow_heif.register_heif_opener()  # to write them; `decode` sees to itself
 BACKGROUND = (10, 200, 60)
 W, H = 20, 12
 
@@ -106,6 +108,17 @@ def bmp_from_the_top(pixels: NDArray[np.uint8]) -> bytes:
     """A 24-bit BMP whose height is negative: its first row is the upper one."""
     rows = b"".join(row[:, ::-1].tobytes().ljust((W * 3 + 3) // 4 * 4, b"\0") for row in pixels)
     return b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54 + len(rows), 0, 0, 54, 40, W, -H, 1, 24, 0, len(rows), 0, 0, 0, 0) + rows
+
+
+def heic(pixels: NDArray[Any], lossless: bool = True, **options: Any) -> bytes:
+    """By libheif; without loss where the samples are stored as they are, not as brightness and colour (matrix 0 of ISO 23091-2)."""
+    kept = {"quality": -1, "matrix_coefficients": 0} if lossless else {"quality": 95}
+    if pixels.dtype == np.uint8:
+        return pillow(pixels, "heif", chroma=444, **kept, **options)
+    buffer = io.BytesIO()
+    written = pillow_heif.from_bytes({3: "RGB;16", 4: "RGBA;16"}[pixels.shape[2]], pixels.shape[1::-1], pixels.tobytes())
+    written.save(buffer, chroma=444, **kept, **options)  # in 10 bits
+    return buffer.getvalue()
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -259,6 +272,17 @@ KINDS: dict[str, Kind] = {
     "AVIF, alpha": lossy(pillow(np.dstack([RGB, ALPHA]), "avif", quality=95), over(RGB, ALPHA)),
     "AVIF, animated": lossy(frames("avif", quality=95)),
     "AVIF, turned": lossy(pillow(np.ascontiguousarray(np.rot90(RGB)), "avif", quality=95, exif=exif(6))),
+    "HEIC": lossless(heic(RGB), RGB),
+    "HEIC, lossy": lossy(heic(RGB, lossless=False)),
+    "HEIC, colour at half size": lossy(pillow(RGB, "heif", quality=95, chroma=420)),
+    "HEIC, alpha": lossless(heic(np.dstack([RGB, ALPHA])), over(RGB, ALPHA), 1),
+    "HEIC, 10 bits": lossless(heic(DEEP), scaled(DEEP), 1),
+    "HEIC, 10 bits, alpha": lossless(heic(DEEP_ALPHA), over(scaled(DEEP), ALPHA), 2),
+    "HEIC, grey": lossless(pillow(GREY, "heif", quality=-1), grey(GREY)),
+    "HEIC, turned": lossless(heic(np.ascontiguousarray(np.rot90(RGB)), exif=exif(6).tobytes()), RGB),
+    "HEIC, mirrored": lossless(heic(np.ascontiguousarray(RGB[:, ::-1]), exif=exif(2).tobytes()), RGB),
+    "HEIC, sRGB profile": lossless(heic(RGB, icc_profile=SRGB), RGB, 1),
+    "HEIC, several pictures, as if animated": lossy(frames("heif", quality=95)),
 }
 ANIMATED = {name for name in KINDS if "animated" in name or "pages" in name}
 JPEG = KINDS["JPEG"].content
@@ -303,6 +327,15 @@ def test_what_is_no_picture_for_us_is_refused_by_name(tmp_path: Path, monkeypatc
     with pytest.raises(DataError, match=rf"a\.png cannot be read: .*{reason}"):
         decode(path)
     assert isinstance(examine(path), str)
+
+
+def test_a_heic_of_two_sizes_is_refused(tmp_path: Path) -> None:
+    content = bytearray(KINDS["HEIC"].content)
+    width = content.index(b"clap") + 4  # ISO 14496-12: what is kept of the coded 64x64, as the numerator of a fraction
+    assert content[width : width + 4] == struct.pack(">I", W)
+    content[width : width + 4] = struct.pack(">I", 1000)
+    (tmp_path / "a.heic").write_bytes(content)
+    assert examine(tmp_path / "a.heic") == "its header says 1000x12 pixels, and it has 64x12"
 
 
 @pytest.mark.parametrize("name", ["GIF, animated", "AVIF, animated"])
