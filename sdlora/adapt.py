@@ -45,6 +45,7 @@ def load_model(config: Config) -> tuple[Family, Model]:
         device,
         clip_skip=options.clip_skip,
         chunks=chunks,
+        prompt_weights=config.data.prompt_weights,
         vae=options.vae,
         prediction_type=options.prediction_type,
     )

@@ -35,6 +35,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--max-tokens", type=int, choices=MAX_TOKENS, help="tokens of a prompt that are heard (default: what the first LoRA says, or 75)"
     )
+    command.add_argument("--prompt-weights", action="store_true", help="read (word:1.2) and [word] in prompts as WebUIs do")
     command.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures (default: pictures)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -71,6 +72,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
             device,
             clip_skip=clip_skip,
             chunks=chunks,
+            prompt_weights=parsed.prompt_weights,
             vae=parsed.vae,
             prediction_type=parsed.prediction_type,
         )

@@ -22,6 +22,7 @@ def load(
     *,
     clip_skip: int = 1,
     chunks: int = 1,
+    prompt_weights: bool = False,
     vae: str | None = None,
     prediction_type: str | None = None,
 ) -> tuple[Family, Model]:
@@ -46,5 +47,6 @@ def load(
         notes=found.notes,
         clip_skip=clip_skip,
         chunks=chunks,
+        prompt_weights=prompt_weights,
     )
     return family, replace(model, idle=family.idle(model))

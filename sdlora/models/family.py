@@ -29,6 +29,7 @@ class Model:
     notes: tuple[str, ...] = ()  # what was assumed while loading
     clip_skip: int = 1  # at which of the text encoder's layers embeddings are taken, 1 for the last
     chunks: int = 1  # of a prompt: each is as long as the tokenizer's longest text
+    prompt_weights: bool = False  # whether brackets in prompts weigh what is in them
     idle: tuple[str, ...] = field(default=())  # how the names of layers begin that no prediction depends on
 
     @property
@@ -72,7 +73,7 @@ class Model:
             config = encoder.config
             read.append((config.hidden_act, config.layer_norm_eps, config.num_attention_heads))
             read.append((weights_fingerprint(encoder), tokenizer.get_vocab(), tokenizer.model_max_length, tokenizer.pad_token_id))
-        return fingerprint(self.clip_skip, self.chunks, *read)
+        return fingerprint(self.clip_skip, self.chunks, self.prompt_weights, *read)
 
 
 def weights_fingerprint(module: nn.Module) -> str:

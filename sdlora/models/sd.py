@@ -19,9 +19,7 @@ PART = "text_encoder"
 def encode_prompts(model: Model, prompts: Sequence[str]) -> PromptEmbeds:
     """The final norm follows the layer that embeddings are taken from, whichever it is, as in WebUIs."""
     encoder: Any = model.parts[PART]
-    states = text.encode(model, PART, prompts, model.clip_skip).states
-    with arithmetic(model):
-        return PromptEmbeds((encoder.final_layer_norm(states).float(),))
+    return PromptEmbeds((text.encode(model, PART, prompts, model.clip_skip, encoder.final_layer_norm).states,))
 
 
 def idle(model: Model) -> tuple[str, ...]:

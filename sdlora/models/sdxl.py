@@ -21,8 +21,7 @@ CLIP_SKIP = 2  # both encoders are heard at their last layer but one, without th
 
 def encode_prompts(model: Model, prompts: Sequence[str]) -> PromptEmbeds:
     first, second = (text.encode(model, part, prompts, CLIP_SKIP) for part in (FIRST, SECOND))
-    assert second.pooled is not None
-    return PromptEmbeds((first.states.float(), second.states.float()), second.pooled.float())
+    return PromptEmbeds((first.states, second.states), second.pooled)
 
 
 def idle(model: Model) -> tuple[str, ...]:

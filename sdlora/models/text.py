@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sdlora.data.prompt_weights import weigh, weighted_tokens
 from sdlora.errors import WeightsError
 from sdlora.models.device import arithmetic
 from sdlora.models.family import Model
 
 
 class Encoded(NamedTuple):
-    """What one text encoder says of B prompts."""
+    """What one text encoder says of B prompts, in fp32."""
 
-    states: Tensor  # (B, T, D), as they come out of the layer that was asked, before the final norm
+    states: Tensor  # (B, T, D), as they come out of the layer that was asked
     pooled: Tensor | None  # (B, P) of the first chunk, from encoders with a projection
 
 
-def encode(model: Model, part: str, prompts: Sequence[str], clip_skip: int) -> Encoded:
-    """By the text encoder `part`, up to its `clip_skip`-th last layer. Chunks are encoded each for itself and stand one behind the
-    other; what is said of a whole prompt is said of its first chunk, as in WebUIs and kohya's scripts."""
-    ids, _ = tokenise(model.tokenizers[part], prompts, model.chunks)
+def encode(
+    model: Model, part: str, prompts: Sequence[str], clip_skip: int, norm: Callable[[Tensor], Tensor] = lambda states: states
+) -> Encoded:
+    """By the text encoder `part`, up to its `clip_skip`-th last layer, and through `norm`. Chunks are encoded each for itself and stand one
+    behind the other; what is said of a whole prompt is said of its first chunk, as in WebUIs and kohya's scripts. Weights are each
+    encoder's own affair, chunk by chunk, and do not reach what is said of the whole."""
+    ids, _, weights = tokenise(model, part, prompts)
     encoder: Any = model.parts[part]
     with arithmetic(model):
         out = encoder(ids.flatten(0, 1).to(model.device), output_hidden_states=True)
-    states = out.hidden_states[-clip_skip]  # (B * chunks, L, D)
+        states = norm(out.hidden_states[-clip_skip]).float()  # (B * chunks, L, D)
+    if model.prompt_weights:
+        states = weigh(states, weights.flatten(0, 1).to(states.device))
     pooled = getattr(out, "text_embeds", None)
     return Encoded(
         states.reshape(len(ids), model.prompt_tokens, -1),
-        None if pooled is None else pooled.reshape(len(ids), model.chunks, -1)[:, 0],
+        None if pooled is None else pooled.float().reshape(len(ids), model.chunks, -1)[:, 0],
     )
 
 
@@ -48,23 +54,39 @@ def skipped(model: Model, part: str, clip_skip: int) -> tuple[str, ...]:
     return tuple(f"{part}.text_model.encoder.layers.{number}." for number in range(count + 1 - clip_skip, count))
 
 
-def tokenise(tokenizer: Any, prompts: Sequence[str], chunks: int) -> tuple[Tensor, Tensor]:
-    """Token ids of each chunk, and which of them are no padding: both (B, chunks, L).
+class Tokens(NamedTuple):
+    """Of B prompts, all (B, chunks, L)."""
 
-    Every chunk has a start, an end and padding of its own, as in WebUIs and kohya's scripts; a chunk without words is
-    padding throughout, but for the first. Words beyond the last chunk are cut off.
-    """
+    ids: Tensor
+    used: Tensor  # which are no padding
+    weights: Tensor
+
+
+def tokenise(model: Model, part: str, prompts: Sequence[str]) -> Tokens:
+    """Every chunk has a start, an end and padding of its own, as in WebUIs and kohya's scripts; a chunk without words is padding
+    throughout, but for the first. Words beyond the last chunk are cut off."""
+    tokenizer, chunks = model.tokenizers[part], model.chunks
     length = tokenizer.model_max_length
     room = length - 2
-    texts = tokenizer(list(prompts), add_special_tokens=False, truncation=True, max_length=chunks * room).input_ids
-    pieces = [text[start : start + room] for text in texts for start in range(0, chunks * room, room)]
-    padding = [tokenizer.pad_token_id] * length
-    ids = [[tokenizer.bos_token_id, *piece, tokenizer.eos_token_id, *padding][:length] for piece in pieces]
-    used = [len(piece) + 2 if piece or number % chunks == 0 else 0 for number, piece in enumerate(pieces)]
-    shape = (len(texts), chunks, length)
-    return torch.tensor(ids).view(shape), (torch.arange(length) < torch.tensor(used)[:, None]).view(shape)
+
+    def ids_of(prompt: str) -> list[int]:
+        return list(tokenizer(prompt, add_special_tokens=False).input_ids)
+
+    ids, used, weights = [], [], []
+    for prompt in prompts:
+        own, own_weights = weighted_tokens(prompt, ids_of) if model.prompt_weights else ((found := ids_of(prompt)), [1.0] * len(found))
+        for start in range(0, chunks * room, room):
+            piece = own[start : start + room]
+            rest = length - 2 - len(piece)
+            ids.append([tokenizer.bos_token_id, *piece, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * rest])
+            used.append(len(piece) + 2 if piece or not start else 0)
+            weights.append([1.0, *own_weights[start : start + room], 1.0, *[1.0] * rest])
+    shape = (len(prompts), chunks, length)
+    return Tokens(
+        torch.tensor(ids).view(shape), (torch.arange(length) < torch.tensor(used)[:, None]).view(shape), torch.tensor(weights).view(shape)
+    )
 
 
 def token_masks(model: Model, prompts: Sequence[str]) -> Tensor:
     """Which tokens of the prompts are no padding, start and end included: (B, T) bool, the same for all text encoders."""
-    return tokenise(model.tokenizer, prompts, model.chunks)[1].flatten(1)
+    return tokenise(model, model.text_encoders[0], prompts).used.flatten(1)

@@ -83,6 +83,21 @@ def test_long_prompts_are_encoded_in_chunks_each_with_its_own_start_and_end(tiny
     assert drawn.size == (32, 32)
 
 
+def test_brackets_weigh_what_is_in_them_where_they_are_asked_to(tiny: Path) -> None:
+    """In each chunk by itself, and its mean stays; the word itself is found in the same place without its brackets."""
+    family, plain = families.load(str(tiny), torch.float32, CPU, chunks=2)
+    _, weighs = families.load(str(tiny), torch.float32, CPU, chunks=2, prompt_weights=True)
+    assert plain.text_fingerprint != weighs.text_fingerprint
+    rest = "abcdefghijklmn"  # 14 letters fill the first chunk
+    (before,) = family.encode_prompts(plain, [f"{rest} cat"]).prompt_embeds.unflatten(1, (2, 16))
+    (after,) = family.encode_prompts(weighs, [f"{rest} (cat:1.5)"]).prompt_embeds.unflatten(1, (2, 16))
+    torch.testing.assert_close(after[0], before[0])
+    factor = after[1] / before[1]
+    torch.testing.assert_close(factor[1:4], factor[:1].expand(3, -1) * 1.5)
+    torch.testing.assert_close(after[1].mean(), before[1].mean())
+    torch.testing.assert_close(*(family.encode_prompts(model, ["a cat"]).prompt_embeds for model in (plain, weighs)))
+
+
 def test_pictures_drawn_together_are_those_drawn_alone(tiny: Path) -> None:
     family, model = families.load(str(tiny), torch.float32, CPU)
     prompts = [PicturePrompt("a cat", "b" * n, seed=n, steps=2, width=64 if n == 2 else None) for n in range(5)]
