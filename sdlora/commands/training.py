@@ -37,13 +37,15 @@ def add(commands: Commands) -> None:
 
 def train_command(parsed: argparse.Namespace) -> int:
     run = runs.create(config.load(parsed.config, parsed.flags))
-    return follow_training(run)
+    with run.locked():
+        return follow_training(run)
 
 
 def resume_command(parsed: argparse.Namespace) -> int:
     run = runs.open_run(parsed.run)
-    run.stop_file.unlink(missing_ok=True)
-    return follow_training(run)
+    with run.locked():
+        run.stop_file.unlink(missing_ok=True)
+        return follow_training(run)
 
 
 def follow_training(run: runs.Run) -> int:
@@ -88,7 +90,7 @@ def plan_command(parsed: argparse.Namespace) -> int:
 def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
     """Lines to print; progress bars draw themselves on stderr."""
     bar = filling = None
-    started, smooth, finished, grid, lost, alphas = 0, None, None, "", "", ""
+    started, smooth, finished, grid, lost, alphas, so_far = 0, None, None, "", "", "", ""
     for event in stream:
         match event:
             case events.Planned():
@@ -111,15 +113,17 @@ def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
                 smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
                 figures = f"loss {smooth:.4f}, rate {event.rate:.1e}, norm drift {event.embedding_norm_drift:.1%}{alphas}"
                 bar.set_postfix_str(figures, refresh=False)
-                bar.update()
+                bar.update(event.step - bar.n)  # steps that were skipped told nothing
             case events.Measured(alphas=found) if found:
                 alphas = f", alpha {found[2]:.3g} ({found[0]:.3g} to {found[-1]:.3g})"
             case events.Previewed(path=path):
                 grid = path
-            case events.Exported() if event.lost:
-                lost = f"The file is the nearest of its rank: it leaves out {event.lost:.2%} of the change, most of {event.worst}."
+            case events.Exported():
+                so_far = f" LoRA so far: {shown(Path(event.path))}"
+                if event.lost:
+                    lost = f"The file is the nearest of its rank: it leaves out {event.lost:.2%} of the change, most of {event.worst}."
             case events.Stopped(step=step):
-                finished = f"Stopped after step {step}; all is saved. Go on with: {program()} resume {shown(run.folder)}"
+                finished = f"Stopped after step {step}; all is saved.{so_far} Go on with: {program()} resume {shown(run.folder)}"
             case events.Finished(path=path):
                 prompt = run.config.preview.prompts[0].split(" --")[0] if run.config.preview.prompts else "your prompt"
                 pictures = f"Before and after: {shown(Path(grid))}   " if grid else ""
