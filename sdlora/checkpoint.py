@@ -19,7 +19,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from sdlora.errors import TrainingError
-from sdlora.files import check_room, draft_of_folder, remove_folder, write_synced
+from sdlora.files import check_room, durable_folder, remove_folder, write_synced
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})$")
@@ -47,7 +47,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     files[MANIFEST] = json.dumps(manifest, indent=2).encode()
     folder.mkdir(parents=True, exist_ok=True)
     check_room(folder, sum(map(len, files.values())))
-    with draft_of_folder(final) as draft:
+    with durable_folder(final) as draft:
         for name, data in files.items():
             write_synced(draft / name, data)
         if final.exists():  # of a step that is taken again after a fall-back

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from sdlora import __version__
 from sdlora.commands import cache, checkpoints, data, loras, options, pictures, training
+from sdlora.commands.terminal import printable
 from sdlora.errors import ConfigError, SdloraError
 
 NOUNS = (training, pictures, data, loras, checkpoints, cache, options)  # as `--help` lists them
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.flags = pairs(rest)
         return int(parsed.call(parsed))
     except SdloraError as error:
-        print(f"sdlora: {error}", file=sys.stderr)
+        print(printable(f"sdlora: {error}"), file=sys.stderr)
         return 2
     except BrokenPipeError:  # `sdlora options | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

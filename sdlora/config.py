@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import math
+import re
 import tomllib
 import typing
 from collections.abc import Iterator, Sequence
@@ -13,21 +15,37 @@ from typing import Annotated, Any, Literal, Self
 
 import tomlkit
 from PIL import ImageColor
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from sdlora.errors import ConfigError
 
+Named = typing.TypeVar("Named", str, Path)
+LONGEST_TEXT = 4000  # characters of one text or path
+LONGEST_NAME = 255  # bytes of a file's or folder's name, as file systems have it
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_max_length=LONGEST_TEXT)
 
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+def _nameable(path: Named) -> Named:
+    if any(len(part.encode()) > LONGEST_NAME for part in re.split(r"[/\\]", str(path))) or len(str(path)) > LONGEST_TEXT:
+        raise PydanticCustomError("path", "no file or folder can have so long a name")
+    return path
+
+
+LARGEST = 2**31 - 1  # of a count: whatever is computed from it stays exact
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+FilePath = Annotated[Path, AfterValidator(_nameable)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, le=10)]
 Dropped = Annotated[float, Field(ge=0, lt=1)]
+LARGEST_FILE = 2**20  # bytes
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and halves of characters; lines and tabs are text
+DEEP_NAME = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
 TOKENS_A_CHUNK = 75  # of CLIP's 77, the others being start and end
 TargetGroup = Literal[
     "attention",
@@ -45,7 +63,16 @@ TargetGroup = Literal[
 
 
 class ModelOptions(Section):
-    base: str = Field("mini", min_length=1, description="Base model: a folder in diffusers' layout (SD 1.x), or 'mini', the one built in.")
+    base: Annotated[str, AfterValidator(_nameable)] = Field(
+        "mini",
+        min_length=1,
+        description="Base model of SD 1.x, SD 2.x or SDXL: a .safetensors checkpoint, a folder in diffusers' layout, 'owner/name' on the "
+        "Hugging Face hub, or 'mini', the one built in.",
+    )
+    vae: str | None = Field(None, min_length=1, description="Another VAE than the base's own: a .safetensors file, or a folder.")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What the base model predicts; unset: what it says itself, or what is usual of its kind, which you are told."
+    )
     clip_skip: int = Field(
         1,
         ge=1,
@@ -58,7 +85,7 @@ class ModelOptions(Section):
 class PictureOptions(Section):
     """What can be said of one set of pictures: of all of them in [data], of some in [[data.sets]]."""
 
-    folder: Path = Field(
+    folder: FilePath = Field(
         Path("pictures"),
         description="Folder of pictures, each with its caption in a .txt or .caption file of the same stem or in metadata.jsonl or .csv; "
         "or of kohya's subfolders, '<repeats>_<token> <class>'.",
@@ -92,7 +119,7 @@ class PictureOptions(Section):
 class SetOptions(PictureOptions):
     """One [[data.sets]] table."""
 
-    folder: Path = Field(description="As data.folder.")
+    folder: FilePath = Field(description="As data.folder.")
     weight: float = Field(1.0, ge=0, description="How much its pictures count in the loss.")
     regularises: bool = Field(
         False,
@@ -116,7 +143,7 @@ OF_THE_SUBJECT = frozenset({"trigger", "missing_caption", "caption_prefix", "cap
 
 
 class DataOptions(PictureOptions):
-    regularisation_folder: Path | None = Field(
+    regularisation_folder: FilePath | None = Field(
         None,
         description="Pictures of the class without your subject (as many an epoch as training pictures), with captions, or with "
         "data.class_noun as the caption. Short for a set with regularises = true.",
@@ -143,7 +170,7 @@ class DataOptions(PictureOptions):
     crop: Literal["centre", "random"] = Field(
         "centre", description="What of a picture its bucket shows where the shapes differ: the middle, or each of four places in turn."
     )
-    cache: Path | None = Field(
+    cache: FilePath | None = Field(
         None,
         description="Folder of what is computed once of pictures and captions (latents, prompt embeddings), for all runs; unset: '_cache' "
         "in output.runs. See `sdlora cache`.",
@@ -154,6 +181,7 @@ class DataOptions(PictureOptions):
     )
     sets: tuple[SetOptions, ...] = Field(
         (),
+        max_length=256,
         description="Several folders in the place of data.folder, each a [[data.sets]] table in a file: folder; "
         + "; ".join(
             f"{key} = {str(field.default).lower()}, {str(field.description)[0].lower()}{str(field.description)[1:].rstrip('.')}"
@@ -169,15 +197,17 @@ class DataOptions(PictureOptions):
         if not isinstance(values, dict) or "sets" not in values:
             return values
         if values["sets"] and "folder" in values:
-            raise ValueError(f"data.folder = '{values['folder']}' and data.sets both say where pictures are: leave one of them out")
+            raise ValueError(f"data.folder = {values['folder']!r} and data.sets both say where pictures are: leave one of them out")
         return values | {"sets": [_shared(values, one.get("regularises", False)) | one for one in values["sets"]]}
 
     @model_validator(mode="after")
     def _the_background_is_a_colour(self) -> Self:
         try:
-            ImageColor.getrgb(self.background)
+            known = all(0 <= value <= 255 for value in ImageColor.getrgb(self.background))
         except ValueError:
-            raise ValueError(f"data.background = '{self.background}' is no colour: write '#rrggbb' or a name as in CSS") from None
+            known = False
+        if not known:
+            raise ValueError(f"data.background = {self.background!r} is no colour: write '#rrggbb' or a name as in CSS")
         return self
 
     @model_validator(mode="after")
@@ -222,7 +252,7 @@ class LoraOptions(Section):
     alpha_floor: float | None = Field(
         None, ge=0, le=4096, description="Learned alphas stay at or above this; unset: an alpha may cross zero and turn a layer round."
     )
-    alpha_from: Path | None = Field(
+    alpha_from: FilePath | None = Field(
         None, description="An earlier LoRA file: each layer's alpha starts from what that run learned, matched by name."
     )
     init: Literal[
@@ -323,6 +353,14 @@ class OptimizerOptions(Section):
     ema: float = Field(
         0.0, ge=0, lt=1, description="Decay of a running average of the adapter, which is then what is previewed and exported; 0 for none."
     )
+
+    @model_validator(mode="after")
+    def _arguments_are_plain(self) -> Self:
+        for key, value in self.arguments.items():
+            for one in value if isinstance(value, list) else [value]:
+                if not isinstance(one, bool | int | float | str) or (isinstance(one, float) and not math.isfinite(one)):
+                    raise ValueError(f"optimizer.arguments.{key} must be a finite number, true, false, text, or a list of these")
+        return self
 
 
 class LossOptions(Section):
@@ -425,7 +463,17 @@ class OutputOptions(Section):
     largest_rank: Annotated[int, Field(ge=1, le=2048)] | None = Field(
         None, description="Largest rank of a layer in a plain file, the error told; unset: as trained, or what keeps 99.99 % of the energy."
     )
-    runs: Path = Field(Path("runs"), description="Where run folders are made.")
+    save_precision: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32", description="Of the numbers in the file: 'fp16' and 'bf16' halve it, and round what was learned to 3 or 2 digits."
+    )
+    metadata: Literal["full", "minimal", "none"] = Field(
+        "full",
+        description="What the file says of itself. 'minimal': what programs need to apply and show it, without captions, folders, options, "
+        "dates or the base's name; 'none': its family alone. Only 'full' can be another run's lora.alpha_from.",
+    )
+    author: str = Field("", description="Who made the LoRA, as the file says it.")
+    licence: str = Field("", description="Under which terms it may be used, as the file says it.")
+    runs: FilePath = Field(Path("runs"), description="Where run folders are made.")
     name: str = Field("lora", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Name of the run and of the exported file.")
 
 
@@ -487,12 +535,7 @@ def load(files: Sequence[Path] = (), flags: Sequence[tuple[str, str]] = ()) -> C
     """
     merged: dict[str, Any] = {}
     for path in files:
-        try:
-            read = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            raise ConfigError(f"No config file {path}.{_near(str(path), [str(p) for p in path.parent.glob('*.toml')])}") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"Cannot read the config file {path}: {error}.") from None
+        read = _read(path)
         _check_names(read, path)
         for section, values in read.items():
             merged.setdefault(section, {}).update(values)
@@ -501,7 +544,9 @@ def load(files: Sequence[Path] = (), flags: Sequence[tuple[str, str]] = ()) -> C
             raise ConfigError(f"--{name}: sets are written as [[data.sets]] tables in a TOML file; no flag can set them.")
         option = _find(name)
         section, key = option.name.split(".")
-        merged.setdefault(section, {})[key] = _value(option, text)
+        value = _value(option, text)
+        _check_values(value, option.name)
+        merged.setdefault(section, {})[key] = value
     return _validate(merged)
 
 
@@ -536,12 +581,61 @@ def _validate(values: dict[str, Any]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # one of our own sentences
-            raise ConfigError(f"{first['ctx']['error']}.") from None
+            raise ConfigError(f"{_short(str(first['ctx']['error']))}.") from None
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
             raise ConfigError(f"{name} is missing.") from None
         message = first["msg"][0].lower() + first["msg"][1:]
-        raise ConfigError(f"{name} = {first['input']!r}: {message}.") from None
+        raise ConfigError(f"{_short(name)} = {_short(repr(first['input']))}: {message}.") from None
+
+
+def _short(text: str) -> str:
+    """Its ends, where it is too long for a message."""
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if not path.is_file():  # a pipe would never end
+            raise FileNotFoundError
+        if path.stat().st_size > LARGEST_FILE:
+            raise ConfigError(f"The config file {path} has more than {LARGEST_FILE:,} bytes: it is no config file.")
+        read = _parsed(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"No config file {path}.{_near(str(path), [str(p) for p in path.parent.glob('*.toml')])}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot read the config file {path}: {_short(str(error))}.") from None
+    for section, value in read.items():
+        _check_values({section: value}, "")
+    return read
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Raises ValueError for what is no TOML, or nested as no config is."""
+    if DEEP_NAME.search(text):  # tomllib's memory grows with the square of their depth
+        raise ValueError("a name has more than 32 parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _check_values(value: Any, name: str, depth: int = 0) -> None:
+    """Refuse what TOML can write and no option can mean: it would break what is made of options, from file names to a terminal."""
+    if depth > 6:
+        raise ConfigError(f"{_short(name)}: no option is nested so deep.")
+    if isinstance(value, str) and (found := CONTROL.search(value)):
+        raise ConfigError(f"{name}: its text has the control character {found[0]!r} in it, which no option can take.")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{name}: the number has more than 64 bits.")
+    if isinstance(value, dict):
+        for key, of in value.items():
+            if CONTROL.search(key) or "\n" in key or len(key) > 300:
+                raise ConfigError(f"{name or 'The config file'}: {_short(repr(key))} is not the name of anything.")
+            _check_values(of, f"{name}.{key}" if name else key, depth + 1)
+    if isinstance(value, list):
+        for of in value:
+            _check_values(of, name, depth + 1)
 
 
 def _check_names(read: dict[str, Any], path: Path) -> None:
@@ -584,8 +678,8 @@ def _value(option: Option, text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = _parsed(f"value = {text}")["value"]
+    except ValueError:
         value = text
     if isinstance(value, datetime.date | datetime.time):
         value = text

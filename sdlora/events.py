@@ -33,6 +33,7 @@ class Planned:
     memory_bytes: int  # estimated peak
     device: str
     base: str
+    assumed: list[str]  # of the base model, in sentences
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdlora import events
+from sdlora import events, preview
 from sdlora.adapt import text_encoder_rate
-from sdlora.config import TOKENS_A_CHUNK, Config, OutputOptions
+from sdlora.config import TOKENS_A_CHUNK, OutputOptions
 from sdlora.items import Item
 from sdlora.lora import formats
 from sdlora.lora.change import Change, truncate
 from sdlora.lora.layers import Adapter, LoraLayer
-from sdlora.lora.metadata import kohya_metadata
+from sdlora.lora.metadata import at_level, kohya_metadata, model_hashes, of_base, thumbnail
+from sdlora.lora.names import WEBUI
 from sdlora.models.family import Family, Model
 from sdlora.run import Run
 
@@ -29,8 +30,9 @@ def export(run: Run, family: Family, model: Model, items: Sequence[Item], layers
     path = run.export if step == config.train.steps else run.export_of(step)
     changes, lost, worst = as_asked(layers, config.output)
     ranks = [change.factors.down.shape[0] for change in changes.values() if change.factors is not None]
-    about = metadata(config, family, model, items, layers, step, max(ranks, default=config.lora.rank))
-    formats.save(path, changes, config.lora.alpha, about)
+    about = metadata(run, family, model, items, layers, step, max(ranks, default=config.lora.rank))
+    about = at_level(about, config.output.metadata)
+    formats.save(path, changes, config.lora.alpha, about, family=family.name, precision=config.output.save_precision)
     return events.Exported(step, str(path), lost, worst)
 
 
@@ -72,19 +74,21 @@ def alpha_quantiles(layers: Mapping[str, Adapter]) -> list[float]:
 
 
 def metadata(
-    config: Config, family: Family, model: Model, items: Sequence[Item], layers: Mapping[str, Adapter], step: int, rank: int
+    run: Run, family: Family, model: Model, items: Sequence[Item], layers: Mapping[str, Adapter], step: int, rank: int
 ) -> dict[str, str]:
-    """`rank`: the largest in the file."""
-    options = config.optimizer
-    learned = {formats.webui_name(name): round(alpha, 6) for name, alpha in learned_alphas(layers).items()}
-    scales = {formats.webui_name(name): layer.scale.item() for name, layer in layers.items() if isinstance(layer, LoraLayer)}
+    """All that a file may say. `rank`: the largest in the file."""
+    config, stem = run.config, WEBUI[family.name]
+    options, base = config.optimizer, Path(config.model.base)
+    learned = {stem(name): round(alpha, 6) for name, alpha in learned_alphas(layers).items()}
+    scales = {stem(name): layer.scale.item() for name, layer in layers.items() if isinstance(layer, LoraLayer)}
     arguments = config.lora.model_dump(mode="json") | {"up_ratio": options.up_ratio, "layer_rates": options.layer_rates}
     trained = [item for item in items if not item.regularises]
     by_folder: dict[str, list[Item]] = {}
     for item in trained:
         by_folder.setdefault(item.example.path.parent.name, []).append(item)
+    shown = sum(item.repeats for item in items)  # an epoch
     return (
-        family.metadata(model)
+        of_base(family.name, model.noise_schedule.prediction_type)
         | ({formats.LEARNED_ALPHAS: json.dumps(learned), formats.LEARNED_SCALES: json.dumps(scales)} if learned else {})
         | kohya_metadata(
             name=config.output.name,
@@ -98,6 +102,8 @@ def metadata(
                 "lr_scheduler": options.schedule,
                 "optimizer": options.algorithm,
                 "steps": step,
+                "num_epochs": math.ceil(step * config.train.batch_size * config.train.accumulation / shown),
+                "training_started_at": (run.folder / "config.toml").stat().st_mtime,
                 "seed": config.train.seed,
                 "mixed_precision": "no" if config.train.precision == "fp32" else config.train.precision,
                 "batch_size_per_device": config.train.batch_size,
@@ -108,12 +114,22 @@ def metadata(
                 "clip_skip": config.model.clip_skip if config.model.clip_skip > 1 else None,
                 "max_token_length": config.data.max_tokens if config.data.max_tokens > TOKENS_A_CHUNK else None,
                 "noise_offset": config.loss.noise_offset or None,
-                "sd_model_name": Path(config.model.base).name,
-            },
+                "sd_model_name": base.name,
+            }
+            | (model_hashes(base) if base.is_file() else {}),
             captions={folder: [item.example.caption for item in of] for folder, of in by_folder.items()},
             repeats={folder: of[0].repeats for folder, of in by_folder.items()},
             buckets=[item.placed.bucket for item in trained],
             trigger=", ".join(dict.fromkeys(of.trigger for of in config.data.every_set() if of.trigger)),
-            resolution=config.data.resolution,
+            resolution=max(config.data.resolutions, default=config.data.resolution),
+            author=config.output.author,
+            licence=config.output.licence,
+            thumbnail=newest_preview(run),
         )
     )
+
+
+def newest_preview(run: Run) -> str:
+    """The first prompt's last picture with the LoRA, as a data URI; empty where none was drawn yet."""
+    drawn = [path for path in sorted(run.previews.glob("[0-9]*-00.png")) if path != preview.picture_path(run, 0, 0)]
+    return thumbnail(drawn[-1]) if drawn else ""

@@ -23,13 +23,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or the user's share of it
 def write_durably(path: Path, data: bytes) -> None:
     """Put `data` at `path`: in one step for whoever reads it, and on the disk itself when this returns. Raises OSError, and leaves
     nothing behind then."""
-    with draft_of(path) as file:
+    with durable(path) as file:
         file.write(data)
 
 
 @contextmanager
-def draft_of(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that is put at `path` as `write_durably` does when the block ends, and vanishes if it fails."""
+def durable(path: Path) -> Iterator[BinaryIO]:
+    """The same for what is written piece by piece: it is at `path` once the block ends, and nowhere if the block raises."""
     draft = path.with_name(f"{DRAFT_PREFIX}{os.getpid()}-{path.name}")
     try:
         with draft.open("wb") as file:
@@ -51,7 +51,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def draft_of_folder(path: Path) -> Iterator[Path]:
+def durable_folder(path: Path) -> Iterator[Path]:
     """A folder to fill with durable files that becomes `path` when the block ends, and vanishes if it fails."""
     draft = path.with_name(f"{DRAFT_PREFIX}{os.getpid()}-{path.name}")
     draft.mkdir()
@@ -65,7 +65,7 @@ def draft_of_folder(path: Path) -> Iterator[Path]:
 
 
 def copy_durably(source: str | Path, target: str | Path) -> None:
-    with open(source, "rb") as file, draft_of(Path(target)) as out:
+    with open(source, "rb") as file, durable(Path(target)) as out:
         shutil.copyfileobj(file, out)
 
 

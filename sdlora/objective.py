@@ -24,6 +24,7 @@ from sdlora.lora.embedding_norm import Remembered, cosine_drift, embedding_norms
 from sdlora.lora.layers import Adapter, disabled, set_drop_seeds, stop_dropping
 from sdlora.models import text
 from sdlora.models.family import Family, Model, PromptEmbeds
+from sdlora.processes import ALONE, Processes
 
 PINNED_A_BATCH = 2  # bounds what the term costs: two short runs of the text encoder
 WATCHED_PROMPTS = 8  # pinned prompts whose drift is told
@@ -67,8 +68,11 @@ class Objective:
         latents: Sequence[Posterior],
         of_base: Callable[[Sequence[str]], PromptEmbeds],
         layers: Mapping[str, Adapter],
+        processes: Processes = ALONE,
     ):
-        """`of_base`: what the base encoders say of prompts, without gradients."""
+        """`of_base`: what the base encoders say of prompts, without gradients. Each of `processes` takes its share of a batch, and the mean
+        of their losses is the loss of the batch."""
+        self.processes = processes
         self.config, self.family, self.model = config, family, model
         self.items, self.plan, self.latents = items, plan, latents
         self.layers = dict(layers)
@@ -84,16 +88,17 @@ class Objective:
         loss, batch = self.config.loss, step * self.config.train.accumulation + part
         self._set_dropout(batch)
         indices = self.plan.batch(batch)
+        own = len(self._share(batch)) * self.processes.count / len(indices)  # how much this process's part of the batch weighs
         embeds, drift, worst, terms = None, 0.0, 0.0, []
-        if self.trains_text:
+        if self.trains_text and own:
             captions = self.captions(step, part)
             with torch.set_grad_enabled(not text_rests):
                 embeds = self.family.encode_prompts(self.model, captions)
             norms, wanted = self._norms(embeds), self.base_norms(captions)
             drift, worst = norm_drift(*(torch.cat(of, dim=1) for of in ([n.detach() for n in norms], wanted)))
             if loss.embedding_norm and not text_rests:
-                terms.append(loss.embedding_norm * self._norm_term(norms, wanted, captions))
-        denoising = self.denoising(step, part, embeds)
+                terms.append(own * loss.embedding_norm * self._norm_term(norms, wanted, captions))
+        denoising = own * self.denoising(step, part, embeds) if own else torch.zeros((), device=self.model.device, requires_grad=True)
         if self.trains_text and not text_rests and loss.pinned_embedding:
             prompts = self._pinned(batch, "pinned", PINNED_A_BATCH)
             pairs = zip(self.family.encode_prompts(self.model, prompts).vectors, self.of_base(prompts).vectors, strict=True)
@@ -107,7 +112,7 @@ class Objective:
         total = denoising
         for term in terms:
             total = total + term
-        return Loss(total, float(denoising.detach()), drift, worst)
+        return Loss(total, float(denoising.detach()), own * drift, worst)
 
     def denoising(self, step: int, part: int, embeds: PromptEmbeds | None = None, through_text: bool = False) -> Tensor:
         """The diffusion loss alone. `embeds` of the batch's captions; None: computed here where gradients are to go `through_text`, else
@@ -115,10 +120,12 @@ class Objective:
         config = self.config
         if through_text:
             embeds = self.family.encode_prompts(self.model, self.captions(step, part))
-        first, indices = self._first(step, part), self.plan.batch(step * config.train.accumulation + part)
+        batch = step * config.train.accumulation + part
+        first, share = self._first(step, part), self._share(batch)
+        indices = self._own(batch)
         noise_seeds, timestep_seeds = (self._seeds(step, part, purpose) for purpose in ("noise", "timestep"))
         samples = self._first(step, config.train.accumulation)  # that the step really has: the last batch of a bucket may be short
-        timesteps = stratified(timestep_seeds, first, samples, self.distribution).to(self.model.device)
+        timesteps = stratified(timestep_seeds, first + share.start, samples, self.distribution).to(self.model.device)
         posteriors = [self.latents[index] for index in indices]  # read from disk: once
         clean, noise, seen_noise = latents_and_noise(posteriors, noise_seeds, config.loss)
         clean, noise, seen_noise = (tensor.to(self.model.device) for tensor in (clean, noise, seen_noise))
@@ -196,12 +203,21 @@ class Objective:
         return sum(len(self.plan.batch(begin + earlier)) for earlier in range(part))
 
     def _seeds(self, step: int, part: int, purpose: str) -> list[int]:
-        first, count = self._first(step, part), len(self.plan.batch(step * self.config.train.accumulation + part))
-        return [sample_seed(self.config.train.seed, step, first + k, purpose) for k in range(count)]
+        first, share = self._first(step, part), self._share(step * self.config.train.accumulation + part)
+        return [sample_seed(self.config.train.seed, step, first + k, purpose) for k in share]
+
+    def _share(self, batch: int) -> range:
+        """Places in a batch of the samples that are this process's."""
+        return self.processes.share(len(self.plan.batch(batch)))
+
+    def _own(self, batch: int) -> list[int]:
+        """Indices of these samples."""
+        indices = self.plan.batch(batch)
+        return [indices[place] for place in self._share(batch)]
 
     def captions(self, step: int, part: int) -> list[str]:
         """What a batch is told."""
-        shown = [self.items[index] for index in self.plan.batch(step * self.config.train.accumulation + part)]
+        shown = [self.items[index] for index in self._own(step * self.config.train.accumulation + part)]
         return [
             choose_caption(item.example.caption, Random(seed), item.rules)
             for item, seed in zip(shown, self._seeds(step, part, "caption"), strict=True)
@@ -222,7 +238,7 @@ class Objective:
     def _set_dropout(self, batch: int) -> None:
         options, seed = self.config.lora, self.config.train.seed
         if options.dropout or options.rank_dropout or options.module_dropout:
-            set_drop_seeds(self.layers.values(), [sample_seed(seed, batch, 0, f"dropout {name}") for name in self.layers])
+            set_drop_seeds(self.layers.values(), [sample_seed(seed, batch, self.processes.rank, f"dropout {name}") for name in self.layers])
 
 
 def trains_text(layers: Iterable[str]) -> bool:

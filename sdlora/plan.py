@@ -89,12 +89,13 @@ def describe(config: Config, model: Model, items: Sequence[Item], plan: BatchPla
         steps=config.train.steps,
         steps_per_epoch=-(-plan.steps_per_epoch // config.train.accumulation),
         epochs=round(config.train.steps * config.train.accumulation / plan.steps_per_epoch, 2),
-        batch_size=config.train.batch_size * config.train.accumulation,
+        batch_size=plan.batch_size * config.train.accumulation,
         layers={part: sum(name.startswith(f"{part}.") for name in layers) for part in model.parts},
         trainable_parameters=trainable,
         memory_bytes=estimate_memory(config, model, trainable, largest),
         device=str(model.device),
         base=config.model.base,
+        assumed=list(model.notes),
     )
 
 

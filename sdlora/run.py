@@ -109,14 +109,14 @@ def create(config: Config) -> Run:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """So that resume works from any folder; a relative base stays a name unless it exists."""
+    """So that resume works from any folder; a relative base or VAE stays a name unless it exists."""
 
     def resolved(section: Section) -> Section:
         return section.model_copy(update={key: value.resolve() for key, value in section if isinstance(value, Path)})
 
-    base, model = Path(config.model.base), config.model
-    if base.exists() and config.model.base != "mini":
-        model = model.model_copy(update={"base": str(base.resolve())})
+    named = {key: value for key in ("base", "vae") if (value := getattr(config.model, key)) is not None}
+    here = {key: str(Path(value).resolve()) for key, value in named.items() if value != "mini" and Path(value).exists()}
+    model = config.model.model_copy(update=here)
     data = resolved(config.data).model_copy(update={"sets": tuple(resolved(of) for of in config.data.sets)})
     return config.model_copy(update={"data": data, "lora": resolved(config.lora), "model": model})
 

@@ -17,16 +17,17 @@ from sdlora.files import FULL
 from sdlora.lora.layers import Adapter
 from sdlora.models.family import Model
 from sdlora.optim import Average, Optimizer
+from sdlora.processes import Processes
 from sdlora.run import Run
 
 ROOM_EVERY = 2.0  # s between two tries to write to a full disk
 
 
-def circumstances(config: Config, model: Model) -> dict[str, Any]:
+def circumstances(config: Config, model: Model, processes: Processes) -> dict[str, Any]:
     """What a run's bits depend on beside its state."""
     options = {f"{section}.{key}": value for section, of in config.model_dump(mode="json").items() for key, value in of.items()}
     about = {"sdlora": __version__, "torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(model.device)}
-    return about | options
+    return about | {"processes": processes.count} | options
 
 
 def reservations(newest: Checkpoint, here: Mapping[str, Any]) -> Iterator[events.Warned]:

@@ -30,6 +30,7 @@ from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
 from sdlora.plan import describe, write_pictures
+from sdlora.processes import ALONE, Processes
 from sdlora.prompts import BasePrompts
 from sdlora.run import Run
 from sdlora.saving import check_disk, circumstances, last_good, reservations, restore, save, when_there_is_room
@@ -38,10 +39,10 @@ MATCH_EVERY = 10  # steps between two looks at matched rates, which move by a pe
 MEASURE_EVERY = 25  # steps between two looks at alphas and pinned prompts
 
 
-def train(run: Run) -> Iterator[events.Event]:
+def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     """Train, or go on from the newest checkpoint in the run folder, whose lock the caller holds. Raises SdloraError before the first
     step for what is wrong with options, data or weights, and TrainingError where the numbers do not stay finite or nothing can be
-    written."""
+    written. Of several processes, all of which must call it, the first alone draws and writes; what the others tell is of no interest."""
     config = run.config
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -51,11 +52,14 @@ def train(run: Run) -> Iterator[events.Event]:
     options = config.optimizer
     optimizers.check(options.algorithm, schedule=options.schedule, ema=options.ema, matched=options.matched)
     items, skipped = find_items(config)
-    plan = BatchPlan([item.placed.bucket for item in items], [item.repeats for item in items], config.train.batch_size, config.train.seed)
+    buckets, repeats, batch_size = [item.placed.bucket for item in items], [item.repeats for item in items], config.train.batch_size
+    plan = BatchPlan(buckets, repeats, batch_size * processes.count, config.train.seed)
 
     family, model = load_model(config)
     for prompt in prompts:
         preview.check_size(prompt, model.size_multiple)
+    if not processes.is_first:
+        prompts = []
     check_step(config, model)
     noise_schedule_of(model, config)  # refuses here what does not fit the model
 
@@ -89,8 +93,9 @@ def train(run: Run) -> Iterator[events.Event]:
         per_layer=options.matched,
     )
     average = Average(optimizer.parameters if options.ema else [], options.ema)  # of nothing where it is not asked for
-    check_disk(run, layers, average)
-    write_pictures(run.plan, items)
+    if processes.is_first:
+        check_disk(run, layers, average)
+        write_pictures(run.plan, items)
     yield describe(config, model, items, plan, layers)
     found = check(
         [(item.example, item.placed) for item in items],
@@ -101,9 +106,11 @@ def train(run: Run) -> Iterator[events.Event]:
     yield from warnings(config, skipped, short(found), adapted.unmatched, layers)
 
     of_base = BasePrompts(of_prompts, family, model, layers.values())
-    yield from until_stopped(run, latents.fill())
+    if processes.is_first:
+        yield from until_stopped(run, latents.fill())
+        yield from until_stopped(run, of_base.fill(prompts_of(config, items, trains_text(layers))))
+    processes.wait()
     set_aside(model, "vae")
-    yield from until_stopped(run, of_base.fill(prompts_of(config, items, trains_text(layers))))
     if not trains_text(layers) and all(fixed_caption(item.example.caption, item.rules) is not None for item in items):
         set_aside(model, *model.text_encoders)
 
@@ -124,8 +131,8 @@ def train(run: Run) -> Iterator[events.Event]:
     def saved() -> events.Event:
         return save(run, layers, optimizer, average, step, {"bad_steps": bad_steps, "circumstances": here})
 
-    objective = Objective(config, family, model, items, plan, latents, of_base, layers)
-    here, newest = circumstances(config, model), restore(run, layers, optimizer, average)
+    objective = Objective(config, family, model, items, plan, latents, of_base, layers, processes)
+    here, newest = circumstances(config, model, processes), restore(run, layers, optimizer, average)
     step, bad_steps = (newest.step, newest.state["bad_steps"]) if newest else (0, 0)
     on_disk = step
     if newest:
@@ -134,7 +141,7 @@ def train(run: Run) -> Iterator[events.Event]:
     elif prompts:
         yield draw([("base model", 0)], "step-00000000.png")
 
-    while step < config.train.steps and not run.asked_to_stop():
+    while step < config.train.steps and not processes.any(run.asked_to_stop()):
         began = time.perf_counter()
         text_rests = 0 < options.text_encoder_steps <= step
         losses = []
@@ -142,8 +149,9 @@ def train(run: Run) -> Iterator[events.Event]:
             loss = objective(step, part, text_rests)
             (loss.total / config.train.accumulation).backward()
             losses.append(loss)
+        processes.average(optimizer.parameters)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, options.max_grad_norm)
-        finite = all(value.isfinite() for value in (norm, *(loss.total for loss in losses)))
+        finite = not processes.any(not all(value.isfinite() for value in (norm, *(loss.total for loss in losses))))
         bad_steps = 0 if finite else bad_steps + 1
         if finite:
             since = step % config.lora.merge_every if config.lora.merge_every else step
@@ -162,24 +170,27 @@ def train(run: Run) -> Iterator[events.Event]:
             fold(layers, config, step // config.lora.merge_every)
             optimizer.reset()
         if finite:
+            denoising, drift = processes.mean([mean(loss.denoising for loss in losses), mean(loss.drift for loss in losses)])
             yield events.Stepped(
                 step,
                 config.train.steps,
-                mean(loss.denoising for loss in losses),
+                denoising,
                 optimizer.groups[0]["lr"],
-                mean(loss.drift for loss in losses),
-                max(loss.worst_drift for loss in losses),
+                drift,
+                processes.most(max(loss.worst_drift for loss in losses)),
                 time.perf_counter() - began,
             )
         if step % MEASURE_EVERY == 0 or step == config.train.steps:
             yield events.Measured(step, alpha_quantiles(layers), objective.pinned_drift())
 
-        if config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step < config.train.steps:
+        if processes.is_first and config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step < config.train.steps:
             yield from when_there_is_room(run, step, saved)
             on_disk = step
         if prompts and config.preview.every and step % config.preview.every == 0 and step < config.train.steps:
             yield draw([("LoRA", step)], f"step-{step:08d}.png")
 
+    if not processes.is_first:
+        return
     if step > on_disk:
         yield from when_there_is_room(run, step, saved)
     if step:

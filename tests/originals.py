@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -23,6 +23,7 @@ class Original:
     path: Path
     tensors: dict[str, Tensor]  # as the file has them
     parameters: dict[str, Tensor]  # by readable name, as diffusers and transformers have them
+    vae: dict[str, Tensor]  # as diffusers has them
 
 
 def build_original(path: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Original:
@@ -32,25 +33,94 @@ def build_original(path: Path, family: str, dtype: torch.dtype = torch.float32, 
     parameters = {f"unet.{key}": tensor for key, tensor in unet.state_dict().items()}
     for number, (part, prefix) in enumerate(PREFIXES[family].items()):
         is_open_clip = prefix.endswith("model.")
-        config = CLIPTextConfig(
-            vocab_size=20,
-            hidden_size=8,
-            intermediate_size=12,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=9,
-            projection_dim=6,
-            hidden_act="gelu" if is_open_clip else "quick_gelu",
-        )
+        config = text_config(family, part)
         model = CLIPTextModelWithProjection(config) if number else CLIPTextModel(config)
         own = {key if key.startswith("text_") else f"text_model.{key}": tensor for key, tensor in model.state_dict().items()}
         parameters |= {f"{part}.{key}": tensor for key, tensor in own.items()}
         tensors |= {prefix + key: tensor for key, tensor in (open_clip(own, config) if is_open_clip else own).items()}
     parameters = {key: tensor.to(dtype) for key, tensor in parameters.items()}
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
-    tensors |= {"first_stage_model.encoder.conv_in.weight": torch.randn(3, 3).to(dtype), "model_ema.num_updates": torch.tensor(7)}
+    vae = AutoencoderKL(**VAE_CONFIG)
+    tensors |= {f"first_stage_model.{key}": tensor.to(dtype).contiguous() for key, tensor in original_vae(vae).items()}
+    tensors["model_ema.num_updates"] = torch.tensor(7)
     save_file(tensors, path, {"format": "pt", "note": "of the base"})
-    return Original(path, tensors, parameters)
+    return Original(path, tensors, parameters, {key: tensor.to(dtype) for key, tensor in vae.state_dict().items()})
+
+
+def save_configs(folder: Path, family: str) -> None:
+    """Of the architectures that `build_original` writes, as diffusers and transformers keep them."""
+    with torch.device("meta"):
+        UNet2DConditionModel(**unet_config(family)).save_config(folder / family / "unet")
+        AutoencoderKL(**VAE_CONFIG).save_config(folder / family / "vae")
+    for part in PREFIXES[family]:
+        text_config(family, part).save_pretrained(folder / family / part)
+    DDIMScheduler(beta_schedule="scaled_linear").save_config(folder / family / "scheduler")
+
+
+VAE_CONFIG: dict[str, Any] = {
+    "block_out_channels": (8, 12),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
+
+
+def text_config(family: str, part: str) -> CLIPTextConfig:
+    is_open_clip = PREFIXES[family][part].endswith("model.")
+    return CLIPTextConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=9,
+        projection_dim=6,
+        hidden_act="gelu" if is_open_clip else "quick_gelu",
+        bos_token_id=18,
+        eos_token_id=19,
+        pad_token_id=0,
+    )
+
+
+def original_vae(vae: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def put(module: Any, at: str) -> None:
+        found.update({f"{at}.{key}": tensor for key, tensor in module.state_dict().items()})
+
+    def put_resnet(module: Any, at: str) -> None:
+        for name in ("norm1", "conv1", "norm2", "conv2"):
+            put(getattr(module, name), f"{at}.{name}")
+        if module.conv_shortcut is not None:
+            put(module.conv_shortcut, f"{at}.nin_shortcut")
+
+    def put_middle(block: Any, at: str) -> None:
+        put_resnet(block.resnets[0], f"{at}.block_1")
+        put_resnet(block.resnets[1], f"{at}.block_2")
+        attention = block.attentions[0]
+        put(attention.group_norm, f"{at}.attn_1.norm")
+        for theirs, module in (("q", attention.to_q), ("k", attention.to_k), ("v", attention.to_v), ("proj_out", attention.to_out[0])):
+            found[f"{at}.attn_1.{theirs}.weight"] = module.weight.detach()[:, :, None, None]  # a convolution there
+            found[f"{at}.attn_1.{theirs}.bias"] = module.bias.detach()
+
+    for half, blocks in (("encoder", vae.encoder.down_blocks), ("decoder", vae.decoder.up_blocks)):
+        module, side = getattr(vae, half), "down" if half == "encoder" else "up"
+        put(module.conv_in, f"{half}.conv_in")
+        put_middle(module.mid_block, f"{half}.mid")
+        for place, block in enumerate(blocks):
+            number = place if half == "encoder" else len(blocks) - 1 - place  # by size, not by order
+            for inner, resnet in enumerate(block.resnets):
+                put_resnet(resnet, f"{half}.{side}.{number}.block.{inner}")
+            for resampler in getattr(block, f"{side}samplers") or []:
+                put(resampler.conv, f"{half}.{side}.{number}.{side}sample.conv")
+        put(module.conv_norm_out, f"{half}.norm_out")
+        put(module.conv_out, f"{half}.conv_out")
+    put(vae.quant_conv, "quant_conv")
+    put(vae.post_quant_conv, "post_quant_conv")
+    assert len(found) == len(vae.state_dict())
+    return found
 
 
 def unet_config(family: str) -> dict[str, Any]:

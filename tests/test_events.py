@@ -11,7 +11,7 @@ import pytest
 from sdlora import events
 
 TOLD = [
-    events.Planned(2, 1, {"64x64": 2}, 3, 2, 1.5, 1, {"unet": 4}, 10, 99, "cpu", "mini"),
+    events.Planned(2, 1, {"64x64": 2}, 3, 2, 1.5, 1, {"unet": 4}, 10, 99, "cpu", "mini", ["v"]),
     events.Cached(1, 2),
     events.Stepped(1, 3, 0.5, 1e-4, 0.01, 4.0, 0.2),
     events.Saved(1, "x"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.files import copy_durably, draft_of_folder, remove_folder, sweep, write_durably
+from sdlora.files import copy_durably, durable, durable_folder, remove_folder, sweep, write_durably
 
 
 def test_the_file_is_replaced_as_a_whole_and_whoever_reads_the_old_one_keeps_it(tmp_path: Path) -> None:
@@ -50,13 +50,26 @@ def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_return(tm
     assert told == ["file", "name", "folder"][: 3 if os.name == "posix" else 2]
 
 
+def test_what_is_written_piece_by_piece_is_there_once_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with durable(path) as file:
+        file.write(b"one ")
+        file.write(b"two")
+        assert not path.exists()
+    assert path.read_bytes() == b"one two"
+    with pytest.raises(ValueError, match="halfway"), durable(path) as file:
+        file.write(b"three")
+        raise ValueError("halfway")
+    assert path.read_bytes() == b"one two" and os.listdir(tmp_path) == ["a"]
+
+
 def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(b"x")
-    with draft_of_folder(tmp_path / "a") as draft:
+    with durable_folder(tmp_path / "a") as draft:
         copy_durably(tmp_path / "source", draft / "b")
         assert not (tmp_path / "a").exists()
     assert (tmp_path / "a" / "b").read_bytes() == b"x"
-    with pytest.raises(KeyError), draft_of_folder(tmp_path / "c") as draft:
+    with pytest.raises(KeyError), durable_folder(tmp_path / "c") as draft:
         copy_durably(tmp_path / "source", draft / "b")
         raise KeyError
     assert sorted(os.listdir(tmp_path)) == ["a", "source"]

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sdlora"
 # A module may import from its own layer's folder and from the layers before it.
 LAYERS = [
-    {"errors", "config", "events", "files", "tensorfile", "__init__"},
+    {"errors", "config", "events", "files", "tensors", "processes", "__init__"},
     {"run"},
     {"diffusion", "lora", "data"},
     {"models", "optim"},

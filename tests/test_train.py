@@ -170,7 +170,7 @@ def test_embedding_norm_loss_keeps_norms(make: Any) -> None:
     assert kept < free / 3
 
 
-SIZES = torch.zeros(1, 6)  # SD 1.x does not look at them
+SIZES = torch.tensor([[32.0, 32, 0, 0, 32, 32]])  # SD 1.x does not look at them
 PINS = '["a dog", "a big cat"]'
 
 
@@ -347,7 +347,7 @@ def test_export_gives_the_noise_prediction_of_training_in_diffusers(make: Any, t
         layer.load_state({k.partition("/")[2]: v for k, v in newest.tensors["adapter"].items() if k.startswith(f"{name}/")})
     noisy, timesteps = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 700])
     with torch.no_grad():
-        trained = family.predict(model, noisy, timesteps, family.encode_prompts(model, ["a cat", "dog"]), SIZES)
+        trained = family.predict(model, noisy, timesteps, family.encode_prompts(model, ["a cat", "dog"]), SIZES.expand(2, -1))
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny)
     before = predict_with(pipeline, noisy, timesteps)
@@ -375,10 +375,10 @@ def prediction_of(tiny: Path, layers_of: run.Run | None = None, file: Path | Non
         for name, layer in adapt(model, config).layers.items():
             layer.load_state(saved[name])
     if file is not None:
-        formats.merge(model.parts, formats.load(file)[0])
+        formats.merge(model.parts, formats.load(file)[0], family=model.family)
     noisy, timesteps = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 700])
     with torch.no_grad():
-        return family.predict(model, noisy, timesteps, family.encode_prompts(model, ["a cat", "dog"]), SIZES)
+        return family.predict(model, noisy, timesteps, family.encode_prompts(model, ["a cat", "dog"]), SIZES.expand(2, -1))
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
@@ -805,3 +805,70 @@ def test_restore_refuses_a_checkpoint_of_other_layers(make: Any) -> None:
     list(train(of))
     with pytest.raises(TrainingError, match="other layers"):
         restore(of, {}, Optimizer([]), Average([], 0.0))
+
+
+# ---------------------------------------------------------------- SDXL
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("model") / "tiny-xl", family="sdxl")
+
+
+XL = {"text_encoder": '["attention", "feed_forward", "projection"]', "loss.prior": 0.5, "pinned_embedding": 0.1, "pinned_prompts": PINS}
+
+
+def test_sdxl_trains_both_encoders_and_resumes_in_the_same_bits(make: Any, tiny_xl: Path) -> None:
+    straight, broken = (make(model__base=tiny_xl, **XL, prompts="a cat --s 1", crop="random") for _ in range(2))
+    told = list(train(straight))
+    planned = next(e for e in told if isinstance(e, events.Planned))
+    assert planned.layers == {"unet": 88, "text_encoder": 6, "text_encoder_2": 19}
+    killed_and_resumed(broken, 4)
+    newest = [load_newest(of.checkpoints) for of in (straight, broken)]
+    assert newest[0] is not None and newest[1] is not None
+    ours, theirs = (found.tensors["adapter"] for found in newest if found)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    moved = [name for name in ours if name.endswith("/up") and ours[name].abs().max() > 0]
+    assert {name.partition(".")[0] for name in moved} == {"unet", "text_encoder", "text_encoder_2"}
+    assert "text_encoder_2.text_projection/up" in moved
+
+
+@pytest.mark.parametrize("distance", ["squared", "cosine"])
+def test_all_that_sdxl_says_of_a_prompt_can_be_held(make: Any, tiny_xl: Path, distance: str) -> None:
+    """Norms and whole embeddings of both encoders, and of the pooled one."""
+
+    def moved(**options: Any) -> list[float]:
+        shared = {
+            "embedding_norm": 0,
+            "text_encoder_rate": 0.02,
+            "schedule": "constant",
+            "checkpoint_every": 0,
+            "pinned_distance": distance,
+        }
+        of = make(model__base=tiny_xl, **(shared | {"steps": 30, "text_encoder": XL["text_encoder"], "pinned_prompts": PINS} | options))
+        list(train(of))
+        family, model = families.load(str(tiny_xl), torch.float32, torch.device("cpu"))
+        newest = load_newest(of.checkpoints)
+        assert newest is not None
+        with torch.no_grad():
+            before = family.encode_prompts(model, ["a dog"]).vectors
+            for name, layer in adapt(model, of.config).layers.items():
+                layer.load_state(unflatten(newest.tensors["adapter"])[name])
+            after = family.encode_prompts(model, ["a dog"]).vectors
+        return [float((a - b).norm() / b.norm()) for a, b in zip(after, before, strict=True)]
+
+    free = moved()
+    held = moved(pinned_embedding=30)
+    assert len(free) == 3 and all(now < before / 2 for now, before in zip(held, free, strict=True))
+
+
+def test_the_file_of_an_sdxl_run_is_what_was_trained(make: Any, tiny_xl: Path) -> None:
+    """Under the original names of the UNet's layers; merged as WebUIs merge it, and loaded by diffusers."""
+    of = make(model__base=tiny_xl, steps=4, text_encoder=XL["text_encoder"], lora__unet='["everything"]', text_encoder_rate=0.02)
+    list(train(of))
+    keys = {key.partition(".")[0] for key in load_file(of.export)}
+    assert "lora_te2_text_projection" in keys and "lora_unet_label_emb_0_0" in keys
+    assert any(key.startswith("lora_unet_input_blocks_") for key in keys) and not any("down_blocks" in key for key in keys)
+    merged = prediction_of(tiny_xl, file=of.export)
+    torch.testing.assert_close(merged, prediction_of(tiny_xl, layers_of=of), atol=1e-5, rtol=0)
+    assert (merged - prediction_of(tiny_xl)).abs().max() > 1e-2

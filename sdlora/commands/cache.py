@@ -8,7 +8,7 @@ from pathlib import Path
 from sdlora import config
 from sdlora import run as runs
 from sdlora.commands import Commands
-from sdlora.commands.terminal import size
+from sdlora.commands.terminal import say, size
 from sdlora.errors import ConfigError
 
 
@@ -32,12 +32,12 @@ def cache_info_command(parsed: argparse.Namespace) -> int:
 
     check_cache_folder(parsed.folder)
     found = cache.survey(parsed.folder)
-    print(f"{parsed.folder.resolve()}: {size(sum(held.bytes for held in found))}")
+    say(f"{parsed.folder.resolve()}: {size(sum(held.bytes for held in found))}")
     for held in found:
         used = f", last used {date.fromtimestamp(held.used)}" if held.used else ""
-        print(f"  {held.folder.name}: {held.entries:,} entries, {size(held.bytes)}, of {', '.join(held.models) or 'nothing'}{used}")
+        say(f"  {held.folder.name}: {held.entries:,} entries, {size(held.bytes)}, of {', '.join(held.models) or 'nothing'}{used}")
         for path in held.damaged:
-            print(f"    damaged: {path.name}")
+            say(f"    damaged: {path.name}")
     return 0
 
 
@@ -46,7 +46,7 @@ def cache_prune_command(parsed: argparse.Namespace) -> int:
 
     check_cache_folder(parsed.folder)
     files, freed = cache.prune(parsed.folder, parsed.older_than)
-    print(f"{parsed.folder.resolve()}: {files} {'file' if files == 1 else 'files'} deleted, {size(freed)} freed")
+    say(f"{parsed.folder.resolve()}: {files} {'file' if files == 1 else 'files'} deleted, {size(freed)} freed")
     return 0
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdlora.commands import Commands, strengths
 from sdlora.commands.layers import add_limit, add_target, limit_of, limit_said, target_of, tell, tell_total
-from sdlora.commands.terminal import share
+from sdlora.commands.terminal import say, share
 from sdlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sdlora.lora.formats import LoraFile
 
 
 def add(commands: Commands) -> None:
@@ -60,47 +64,40 @@ def merge_command(parsed: argparse.Namespace) -> int:
 
 def fold(parsed: argparse.Namespace, wanted: list[strengths.Wanted]) -> int:
     """LoRAs into a checkpoint."""
-    with target_of(parsed, "" if parsed.base.is_dir() else ".safetensors") as target:
-        from sdlora.lora import lorafile
-        from sdlora.lora.checkpoints import open_checkpoint
-        from sdlora.lora.merge import Source, changed_parameters, merge
+    from sdlora.lora import lorafile
+    from sdlora.lora.checkpoints import open_checkpoint
+    from sdlora.lora.merge import Source, changed_parameters, merge
 
+    paths, suffix = [of.path for of in wanted], "" if parsed.base.is_dir() else ".safetensors"
+    with target_of(parsed, suffix) as target, lorafile.opened(paths, folded=False) as files:
         checkpoint = open_checkpoint(parsed.base)
-        print(f"Checkpoint: {checkpoint.path}, {checkpoint.family}")
-        sources, notes = [], []
-        for of in wanted:
-            file = lorafile.read(of.path, folded=False)
-            source = Source(str(of.path), file.changes, of.strengths(file.changes))
-            sources.append(source)
-            notes.append(note(of, file.metadata))
-            print(f"LoRA: {of.path}, {told_strengths(source.strengths)}")
+        say(f"Checkpoint: {checkpoint.path}, {checkpoint.family}")
+        own = strengths_of(wanted, files)
+        sources = [Source(str(file.path), lorafile.Changes(file), of) for file, of in zip(files, own, strict=True)]
+        notes = [note(of, file.metadata) for of, file in zip(wanted, files, strict=True)]
         parameters = changed_parameters(checkpoint, sources)
         total = sum(len(header.entries) for header in checkpoint.headers.values())
-        print(f"Changed: {len({checkpoint.places[name][:2] for name in parameters})} of {total} tensors")
+        say(f"Changed: {len({checkpoint.places[name][:2] for name in parameters})} of {total} tensors")
         if target is not None:
             for part, size in merge(checkpoint, sources, target, notes).items():
-                print(f"{part.replace('_', ' ')}: its changed weights moved by {size.share():.3%} of their norm")
+                say(f"{part.replace('_', ' ')}: its changed weights moved by {size.share():.3%} of their norm")
     return 0
 
 
 def join(parsed: argparse.Namespace, wanted: list[strengths.Wanted]) -> int:
     """LoRAs into one."""
+    from sdlora.lora import lorafile
+    from sdlora.lora.combine import Thinning, combine
+    from sdlora.lora.metadata import of_file
+    from sdlora.lora.resize import Cut
+
     thins = parsed.dare is not None or parsed.ties is not None
     if thins and limit_of(parsed) is None:
         raise ConfigError("--dare and --ties leave a change of full rank: say what to keep of it, with --rank 64 or --max-error 0.1.")
-    with target_of(parsed) as target:
-        from sdlora.lora import lorafile
-        from sdlora.lora.combine import Thinning, combine
-        from sdlora.lora.metadata import file_metadata
-        from sdlora.lora.resize import Cut
-
-        files = [lorafile.read(of.path, folded=True) for of in wanted]
-        own = [of.strengths(file.changes) for of, file in zip(wanted, files, strict=True)]
-        for file, of in zip(files, own, strict=True):
-            print(f"LoRA: {file.path}, {told_strengths(of)}, rank {file.rank()}")
-        stems = {name: stem for file in reversed(files) for name, stem in file.stems.items()}
+    with target_of(parsed) as target, lorafile.opened([of.path for of in wanted], folded=True) as files:
+        own = strengths_of(wanted, files)
         thinning = Thinning(parsed.dare or 0.0, parsed.ties, parsed.seed) if thins else None
-        alpha = float(parsed.rank or max(1, sum(file.rank() for file in files)))
+        alpha = float(parsed.rank or max(1, sum(map(lorafile.largest_rank, files))))
         made = {
             "loras": [note(of, file.metadata) for of, file in zip(wanted, files, strict=True)],
             **limit_said(parsed),
@@ -109,42 +106,51 @@ def join(parsed: argparse.Namespace, wanted: list[strengths.Wanted]) -> int:
         cuts: list[Cut] = []
 
         def metadata(rank: int) -> dict[str, Any]:
-            return lorafile.shared_metadata(files) | file_metadata(parsed.out.stem, rank, alpha) | {"sdlora_joined": made}
+            return lorafile.shared_metadata(files) | of_file(parsed.out.stem, rank, alpha) | {"sdlora_joined": made}
 
         layers = combine(files, own, thinning, limit_of(parsed))
-        lorafile.write(target, tell(layers, stems.__getitem__, cuts), alpha, metadata)
-        tell_total(cuts)
+        family = next((file.family for file in files if file.family), "sd1")
+        tell_total(cuts, lorafile.write(target, tell(layers, cuts), family, alpha, metadata))
     return 0
 
 
+def strengths_of(wanted: list[strengths.Wanted], files: list[LoraFile]) -> list[dict[str, float]]:
+    """Of each file's layers; told as well."""
+    found = []
+    for of, file in zip(wanted, files, strict=True):
+        own = of.strengths(file.layers)
+        counts = ", ".join(f"{number} layers at {strength:g}" for strength, number in Counter(own.values()).items())
+        say(f"LoRA: {file.path}, {counts}")
+        found.append(own)
+    return found
+
+
 def extract_command(parsed: argparse.Namespace) -> int:
+    from sdlora.lora import lorafile
+    from sdlora.lora.checkpoints import open_checkpoint
+    from sdlora.lora.extract import Remainder, extract
+    from sdlora.lora.metadata import of_base, of_file
+    from sdlora.lora.resize import Cut
+
     limit = limit_of(parsed)
     if limit is None:
         raise ConfigError("Say how much of the difference to keep: --rank 64, --kept-energy 0.9 or --max-error 0.3.")
     with target_of(parsed) as target:
-        from sdlora.lora import lorafile
-        from sdlora.lora.checkpoints import open_checkpoint
-        from sdlora.lora.extract import Remainder, extract
-        from sdlora.lora.metadata import base_metadata, file_metadata
-        from sdlora.lora.names import WEBUI
-        from sdlora.lora.resize import Cut
-
         base, tuned = open_checkpoint(parsed.base), open_checkpoint(parsed.tuned)
-        print(f"{base.family}: {tuned.path} - {base.path}")
+        say(f"{base.family}: {tuned.path} - {base.path}")
         remainder, cuts = Remainder(), list[Cut]()
         alpha = float(parsed.rank or 1)
         made = {"base": base.path.name, "tuned": tuned.path.name, "layers": parsed.layers, **limit_said(parsed)}
 
         def metadata(rank: int) -> dict[str, Any]:
-            about = base_metadata(base.family, tuned.prediction_type()) | file_metadata(parsed.out.stem, rank, alpha)
+            about = of_base(base.family, tuned.prediction_type()) | of_file(parsed.out.stem, rank, alpha)
             return about | {"ss_sd_model_name": base.path.name, "sdlora_extracted": made}
 
         layers = extract(base, tuned, parsed.layers, limit, parsed.min_change, remainder)
-        lorafile.write(target, tell(layers, WEBUI[base.family], cuts), alpha, metadata)
-        tell_total(cuts)
+        tell_total(cuts, lorafile.write(target, tell(layers, cuts), base.family, alpha, metadata))
         squares = math.fsum(cut.norm**2 for cut in cuts)
         if remainder.squares:
-            print(
+            say(
                 f"Not in these layers: {len(remainder.same)} that hardly differ and {len(remainder.others)} other parameters, with "
                 f"{math.sqrt(remainder.squares / (squares + remainder.squares)):.3%} of the whole difference"
             )
@@ -155,12 +161,3 @@ def note(of: strengths.Wanted, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What the made file says of a LoRA in it."""
     found = {"lora": of.path.name, "strength": of.strength, "strengths": of.own, "hash": metadata.get("sshs_model_hash")}
     return {key: value for key, value in found.items() if value not in (None, {})}
-
-
-def told_strengths(of: Mapping[str, float]) -> str:
-    """`722 layers at 0.8, 40 at 0`."""
-    counts: dict[float, int] = {}
-    for strength in of.values():
-        counts[strength] = counts.get(strength, 0) + 1
-    (first, number), *others = counts.items()
-    return ", ".join([f"{number} layers at {first:g}", *(f"{number} at {strength:g}" for strength, number in others)])

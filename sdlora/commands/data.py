@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from sdlora import config
 from sdlora.commands import OPTION_HELP, Commands
-from sdlora.commands.terminal import quiet_libraries, shown
+from sdlora.commands.terminal import quiet_libraries, say, shown
 from sdlora.errors import DataError
 
 
@@ -37,6 +36,7 @@ def data_check_command(parsed: argparse.Namespace) -> int:
     from sdlora.data import check
     from sdlora.data.images import colour
     from sdlora.items import find_items
+    from sdlora.models.tokenizer import tokenizer_of
 
     refusal = None
     try:
@@ -48,27 +48,20 @@ def data_check_command(parsed: argparse.Namespace) -> int:
         try:
             items, skipped = find_items(chosen.model_copy(update={"data": chosen.data.model_copy(update=lenient)}))
         except DataError:
-            print(f"Training would refuse: {refusal}")
+            say(f"Training would refuse: {refusal}")
             return 1
     places = [(item.example, item.placed) for item in items]
     seen = check.looks(list({example.path: None for example, _ in places}))
-    tokenizer = Path(chosen.model.base) / "tokenizer"
-    tokens = token_counter(tokenizer) if tokenizer.is_dir() else check.about_tokens
-    report = check.check(places, skipped, tokens=tokens, max_tokens=chosen.data.max_tokens, seen=seen, refusal=refusal)
-    for line in check.lines(report, about=not tokenizer.is_dir()):
-        print(line)
+    tokenizer = tokenizer_of(chosen.model.base)
+    report = check.check(
+        places, skipped, tokens=lambda text: len(tokenizer.tokenize(text)), max_tokens=chosen.data.max_tokens, seen=seen, refusal=refusal
+    )
+    for line in check.lines(report):
+        say(line)
     for path in sheets:
         from sdlora.data.sheet import draw_sheet
 
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(places, colour(chosen.data.background)).save(path)
-        print(f"Sheet: {shown(path)}")
+        say(f"Sheet: {shown(path)}")
     return 1 if refusal else 0
-
-
-def token_counter(folder: Path) -> Callable[[str], int]:
-    """Tokens of a text without the marks of start and end, by the tokenizer in `folder`."""
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    return lambda text: len(tokenizer.tokenize(text))

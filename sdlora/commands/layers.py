@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdlora.commands.terminal import positive, share, shown, size
+from sdlora.commands.terminal import positive, say, share, shown, size
 from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,8 +23,12 @@ def add_limit(command: argparse.ArgumentParser) -> None:
     kept.add_argument("--max-error", type=share, metavar="SHARE", help="as few ranks as leave out no more than this of its norm: 0.05")
 
 
-def add_target(command: argparse.ArgumentParser) -> None:
+def add_out(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="what to write; must not exist yet")
+
+
+def add_target(command: argparse.ArgumentParser) -> None:
+    add_out(command)
     command.add_argument("--dry-run", action="store_true", help="compute and report, and write nothing")
 
 
@@ -62,24 +66,28 @@ def target_of(parsed: argparse.Namespace, suffix: str = ".safetensors") -> Itera
     except OSError as error:
         raise ConfigError(f"--out: cannot write {out}: {error.strerror or error}.") from None
     written = sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")))
-    print(f"Nothing written: {shown(out)} was a dry run" if parsed.dry_run else f"Written: {shown(out)}, {size(written)}")
+    say(f"Nothing written: {shown(out)} was a dry run" if parsed.dry_run else f"Written: {shown(out)}, {size(written)}")
 
 
-def tell(layers: Iterable[tuple[str, Change, Cut | None]], stem: Callable[[str], str], cuts: list[Cut]) -> Iterator[tuple[str, Change]]:
-    """Print what was cut of each layer as it passes by, and go on with its name in the file."""
+def tell(layers: Iterable[tuple[str, Change, Cut | None]], cuts: list[Cut]) -> Iterator[tuple[str, Change]]:
+    """Print what was cut of each layer as it passes by."""
     for name, change, cut in layers:
         if cut is not None:
             if not cuts:
-                print("  rank    of    error   layer")
-            print(f"{cut.rank:6}{cut.before:6}{cut.error:9.3%}   {name}", flush=True)
+                say("  rank    of    error   layer")
+            say(f"{cut.rank:6}{cut.before:6}{cut.error:9.3%}   {name}")
             cuts.append(cut)
-        yield stem(name), change
+        yield name, change
 
 
-def tell_total(cuts: list[Cut]) -> None:
+def tell_total(cuts: list[Cut], kinds: Collection[str]) -> None:
+    """`kinds` of change in the file: some are not read by every program."""
+    from sdlora.lora.formats import READERS
     from sdlora.lora.resize import total_error
 
     if cuts:
         ranks = [cut.rank for cut in cuts]
-        print(f"{len(cuts)} layers of rank {min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.1f} on average")
-        print(f"Left out: {total_error(cuts):.3%} of the change (Frobenius norm)")
+        say(f"{len(cuts)} layers of rank {min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.1f} on average")
+        say(f"Left out: {total_error(cuts):.3%} of the change (Frobenius norm)")
+    for kind in sorted(READERS.keys() & set(kinds)):
+        say(f"Note: {READERS[kind]}.")

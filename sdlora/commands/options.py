@@ -11,6 +11,7 @@ import tomlkit
 
 from sdlora import config
 from sdlora.commands import Commands
+from sdlora.commands.terminal import say
 
 
 def add(commands: Commands) -> None:
@@ -24,11 +25,14 @@ def options_command(parsed: argparse.Namespace) -> int:
     for option in config.options():
         head, key = option.name.split(".")
         if head != section:
-            print(f"\n[{head}]" if section else f"[{head}]")
+            if section:
+                say()
+            say(f"[{head}]")
             section = head
         default = option.default
         value = str(default) if isinstance(default, Path) else list(default) if isinstance(default, tuple) else default
         written = "unset" if value is None else "{}" if value == {} else tomlkit.item(value).as_string()
-        print(f"  {key} = {written}   ({option.type})")
-        print(textwrap.fill(str(option.field.description), width, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        say(f"  {key} = {written}   ({option.type})")
+        for line in textwrap.wrap(str(option.field.description), width, initial_indent=" " * 6, subsequent_indent=" " * 6):
+            say(line)
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdlora.commands import Commands, strengths
-from sdlora.commands.terminal import positive, quiet_libraries
+from sdlora.commands.terminal import positive, quiet_libraries, say
 from sdlora.config import TOKENS_A_CHUNK
 from sdlora.errors import ConfigError
 
@@ -22,7 +22,9 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("prompt", nargs="*", help="what to draw")
     command.add_argument("--prompts", type=Path, help="file with one prompt a line")
-    command.add_argument("--base", default="mini", help="base model: a folder, or 'mini' (default)")
+    command.add_argument("--base", default="mini", help="base model, as model.base: a .safetensors file, a folder, or 'mini' (default)")
+    command.add_argument("--vae", help="another VAE than the base's own: a .safetensors file, or a folder")
+    command.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), help="what the base predicts (default: what it says)")
     command.add_argument("--lora", action="append", default=[], metavar=strengths.METAVAR, help=strengths.HELP)
     command.add_argument(
         "--clip-skip",
@@ -59,20 +61,30 @@ def generate_command(parsed: argparse.Namespace) -> int:
 
     prompts = [preview.parse_prompt(line, steps=20, guidance=7.0) for line in lines]
     wanted = [strengths.parse(text) for text in parsed.lora]
-    files = [lorafile.read(of.path, folded=False) for of in wanted]
-    clip_skip, max_tokens = as_trained(files[0].metadata if files else {})
-    clip_skip, max_tokens = parsed.clip_skip or clip_skip, parsed.max_tokens or max_tokens
-    device, chunks = pick_device(parsed.device), max_tokens // TOKENS_A_CHUNK
-    family, model = families.load(parsed.base, DTYPES[parsed.precision], device, clip_skip=clip_skip, chunks=chunks)
-    for prompt in prompts:
-        preview.check_size(prompt, model.size_multiple)
-    for of, file in zip(wanted, files, strict=True):
-        own = of.strengths(file.changes)
-        for strength in set(own.values()):
-            changes = {file.stems[name]: change for name, change in file.changes.items() if own[name] == strength}
-            formats.merge(model.parts, changes, strength)
+    with lorafile.opened([of.path for of in wanted], folded=False) as files:
+        clip_skip, max_tokens = as_trained(files[0].metadata if files else {})
+        clip_skip, max_tokens = parsed.clip_skip or clip_skip, parsed.max_tokens or max_tokens
+        device, chunks = pick_device(parsed.device), max_tokens // TOKENS_A_CHUNK
+        family, model = families.load(
+            parsed.base,
+            DTYPES[parsed.precision],
+            device,
+            clip_skip=clip_skip,
+            chunks=chunks,
+            vae=parsed.vae,
+            prediction_type=parsed.prediction_type,
+        )
+        for line in model.notes:
+            say(f"Assumed: {line}")
+        for prompt in prompts:
+            preview.check_size(prompt, model.size_multiple)
+        for of, file in zip(wanted, files, strict=True):
+            own = of.strengths(file.layers)
+            for strength in set(own.values()):
+                changes = {name: file.change(name) for name in file.layers if own[name] == strength}
+                formats.merge(model.parts, changes, strength, model.family)
     if (clip_skip, max_tokens) != (1, TOKENS_A_CHUNK):
-        print(f"Clip skip {clip_skip}, prompts of {max_tokens} tokens")
+        say(f"Clip skip {clip_skip}, prompts of {max_tokens} tokens")
     parsed.out.mkdir(parents=True, exist_ok=True)
     used = "".join(f" <lora:{of.path.stem}:{of.strength:g}>" for of in wanted)
     number = 1 + max((int(p.stem) for p in parsed.out.glob("*.png") if p.stem.isdigit()), default=-1)
@@ -80,7 +92,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
         path = parsed.out / f"{number + offset:05d}.png"
         (picture,) = generate(family, model, [prompt])
         preview.save_picture(picture, path, prompt, model=Path(parsed.base).name, lora=used)
-        print(f"{path}  {prompt.text}", flush=True)
+        say(f"{path}  {prompt.text}")
     return 0
 
 

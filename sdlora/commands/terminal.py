@@ -1,4 +1,4 @@
-"""What all commands tell a user alike: paths, sizes, how to call the program again."""
+"""What all commands tell a user alike: lines, paths, sizes, how to call the program again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ import os
 import shutil
 import sys
 from pathlib import Path
+
+
+def say(line: str = "") -> None:
+    print(printable(line), flush=True)
+
+
+def printable(line: str) -> str:
+    """One line, whatever captions, names and other people's files have put into it: what would steer a terminal, or turn text round, is
+    written as Python writes it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def program() -> str:

@@ -7,16 +7,19 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdlora import config, events
 from sdlora import run as runs
 from sdlora.commands import OPTION_HELP, Commands
-from sdlora.commands.terminal import program, quiet_libraries, shown
+from sdlora.commands.terminal import program, quiet_libraries, say, shown
+
+if TYPE_CHECKING:
+    from sdlora.processes import Processes
 
 
 def add(commands: Commands) -> None:
@@ -36,29 +39,46 @@ def add(commands: Commands) -> None:
 
 
 def train_command(parsed: argparse.Namespace) -> int:
-    run = runs.create(config.load(parsed.config, parsed.flags))
-    with run.locked():
-        return follow_training(run)
+    chosen = config.load(parsed.config, parsed.flags)
+    return with_others(lambda: runs.create(chosen))
 
 
 def resume_command(parsed: argparse.Namespace) -> int:
-    run = runs.open_run(parsed.run)
-    with run.locked():
-        run.stop_file.unlink(missing_ok=True)
-        return follow_training(run)
+    return with_others(lambda: runs.open_run(parsed.run))
 
 
-def follow_training(run: runs.Run) -> int:
+def with_others(find: Callable[[], runs.Run]) -> int:
+    """Train in the run that `find` makes or opens: alone, or with the other processes that torchrun has started."""
     quiet_libraries()
-    logging.basicConfig(filename=run.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    logging.captureWarnings(True)
-    print(f"Run folder: {shown(run.folder)}", flush=True)
-    print("Loading the model ...", flush=True)
-    with stop_on_signals(run):
-        from sdlora.train import train
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return follow_training(find())
+    from sdlora.processes import joined
+    from sdlora.train import train
 
-        for line in render(events.record(train(run), run.events), run):
-            print(line, flush=True)
+    with joined() as processes:
+        run = runs.Run(Path(processes.tell(str(find().folder) if processes.is_first else "")))
+        if processes.is_first:
+            return follow_training(run, processes)
+        for number in (signal.SIGINT, signal.SIGTERM):  # which the first process gets, too, and tells the others by and by
+            signal.signal(number, signal.SIG_IGN)
+        for _ in train(run, processes):
+            pass
+    return 0
+
+
+def follow_training(run: runs.Run, processes: Processes | None = None) -> int:
+    with run.locked():
+        run.stop_file.unlink(missing_ok=True)  # of the last time
+        logging.basicConfig(filename=run.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+        logging.captureWarnings(True)
+        say(f"Run folder: {shown(run.folder)}")
+        say("Loading the model ...")
+        with stop_on_signals(run, at_once=processes is None):
+            from sdlora.processes import ALONE
+            from sdlora.train import train
+
+            for line in render(events.record(train(run, processes or ALONE), run.events), run):
+                say(line)
     return 0
 
 
@@ -69,18 +89,19 @@ def plan_command(parsed: argparse.Namespace) -> int:
 
     found = plan(chosen)
     width = max(len(layer.name) for layer in found.layers)
-    print(f"{'layer':{width}}  {'shape':>16}  rank  scale     down rate  up rate   parameters")
+    say(f"{'layer':{width}}  {'shape':>16}  rank  scale     down rate  up rate   parameters")
     for layer in found.layers:
         shape = "x".join(map(str, layer.shape))
         rates = f"{layer.down_rate:<9.3g}  {layer.up_rate:<8.3g}"
         rank, scale = layer.rank or "full", "-" if layer.scale is None else f"{layer.scale:.4g}"
-        print(f"{layer.name:{width}}  {shape:>16}  {rank:>4}  {scale:<8}  {rates}  {layer.parameters:>10,}")
+        say(f"{layer.name:{width}}  {shape:>16}  {rank:>4}  {scale:<8}  {rates}  {layer.parameters:>10,}")
     shares = ", ".join(f"{share:.1%} of {part.replace('_', ' ')}" for part, share in found.adapted_weights.items())
-    print(f"\n{len(found.layers)} layers, {sum(layer.parameters for layer in found.layers):,} parameters, init {found.init}")
-    print(f"Weights that adapters change: {shares}")
-    print(f"Learned alphas: {f'rate {found.alpha_rate:g} of where they start' if found.alpha_rate else 'none'}")
+    say()
+    say(f"{len(found.layers)} layers, {sum(layer.parameters for layer in found.layers):,} parameters, init {found.init}")
+    say(f"Weights that adapters change: {shares}")
+    say(f"Learned alphas: {f'rate {found.alpha_rate:g} of where they start' if found.alpha_rate else 'none'}")
     if found.unmatched:
-        print(f"Without an alpha in lora.alpha_from, so at lora.alpha: {', '.join(found.unmatched)}")
+        say(f"Without an alpha in lora.alpha_from, so at lora.alpha: {', '.join(found.unmatched)}")
     return 0
 
 
@@ -148,6 +169,7 @@ def progress(total: int, initial: int, unit: str, title: str) -> Any:
 def plan_lines(plan: events.Planned) -> Iterator[str]:
     repeats = f" x {plan.repeats} repeats" if plan.repeats > 1 else ""
     yield f"Base model   {plan.base} on {plan.device}"
+    yield from (f"Assumed      {note}" for note in plan.assumed)
     yield f"Pictures     {plan.images}{repeats} in buckets {', '.join(f'{size} ({n})' for size, n in sorted(plan.buckets.items()))}"
     yield f"Steps        {plan.steps} of {plan.batch_size} pictures; {plan.steps_per_epoch} an epoch, {plan.epochs:g} epochs"
     layers = ", ".join(f"{n} of {part.replace('_', ' ')}" for part, n in plan.layers.items())
@@ -159,12 +181,15 @@ def plan_lines(plan: events.Planned) -> Iterator[str]:
 
 
 @contextmanager
-def stop_on_signals(run: runs.Run) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the run to stop after its step; the second ends the process at once."""
+def stop_on_signals(run: runs.Run, at_once: bool) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the run to stop after its step; the second ends the process `at_once`, but under torchrun, which
+    passes a signal on that the process has got already, and kills after half a minute anyway."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         if run.asked_to_stop():
-            os._exit(128 + number)
+            if at_once:
+                os._exit(128 + number)
+            return
         run.ask_to_stop()
         print("\nStopping after this step; once more to quit at once.", file=sys.stderr, flush=True)
 

@@ -17,14 +17,14 @@ class BatchPlan:
         for index, bucket in enumerate(buckets):
             self._members.setdefault(bucket, []).append(index)
         self._repeats = repeats
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._seed = seed
         self._drawn: tuple[int, list[tuple[int, ...]]] = (-1, [])
 
     @property
     def steps_per_epoch(self) -> int:
         shown = (sum(self._repeats[index] for index in members) for members in self._members.values())
-        return sum(-(-count // self._batch_size) for count in shown)
+        return sum(-(-count // self.batch_size) for count in shown)
 
     def batch(self, step: int) -> tuple[int, ...]:
         """Indices of the examples of this step, counted from 0; fewer than the batch size only where a bucket ends."""
@@ -41,7 +41,7 @@ class BatchPlan:
             # each is shuffled on its own, so of equal repeats an example comes again only after all the others.
             passes = spread(_shuffled(members, ranks_rng), self._repeats)
             order = [index for shown in passes for index in _shuffled(sorted(shown), rng)]
-            batches += [tuple(order[start : start + self._batch_size]) for start in range(0, len(order), self._batch_size)]
+            batches += [tuple(order[start : start + self.batch_size]) for start in range(0, len(order), self.batch_size)]
         return _shuffled(batches, rng)
 
 

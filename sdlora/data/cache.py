@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save as serialise
 from torch import Tensor
 
 from sdlora.errors import TrainingError
 from sdlora.files import DRAFT_PREFIX, write_durably
+from sdlora.tensors import opened
 
 FORMAT_VERSION = "2"  # of a shard: how keys and names are laid out in it
 CHECK = "crc32"  # catches what a failing disk turned round; int64, for torch has no arithmetic for unsigned ones
@@ -58,7 +59,7 @@ class TensorCache:
         self._folder, self._model = folder, model
         self._new: dict[str, Entry] = {}
         self._places: dict[str, Place] | None = None  # None: not looked at yet
-        self._opened: dict[Path, Any] = {}  # at most OPEN_SHARDS of safe_open, whose methods carry no types
+        self._opened: dict[Path, Any] = {}  # at most OPEN_SHARDS of tensors.opened(), whose methods carry no types
 
     def __contains__(self, key: str) -> bool:
         """Whether get() will most likely find it: the tensors themselves are not looked at."""
@@ -114,14 +115,14 @@ class TensorCache:
     def _read(self, key: str, place: Place) -> Entry:
         file = self._opened.get(place.shard)
         if file is None:
-            file = self._opened[place.shard] = safe_open(place.shard, framework="pt", device="cpu")
+            file = self._opened[place.shard] = opened(place.shard)
             if len(self._opened) > OPEN_SHARDS:
                 del self._opened[next(iter(self._opened))]
             with contextlib.suppress(OSError):  # a cache of another user's may be read but not marked
                 os.utime(place.shard)  # in use: prune() goes by this
         # Copied before it is checked: a view would read the disk again when it is used.
         entry = {name: file.get_tensor(f"{key}/{name}").clone() for name in place.names}
-        if int(file.get_tensor(f"{key}/{CHECK}")) != int(_check(entry)[CHECK]):
+        if file.get_tensor(f"{key}/{CHECK}").tolist() != _check(entry)[CHECK].item():
             raise ValueError("its checksum is wrong")
         return entry
 
@@ -170,8 +171,8 @@ def _held(folder: Path) -> Held:
     for shard in _shards(folder):
         try:
             keys |= _places(shard).keys()
-            with safe_open(shard, framework="pt") as file:
-                models.add(file.metadata()["model"])
+            with opened(shard) as file:
+                models.add(file.metadata().get("model", "another program's"))
         except (SafetensorError, OSError, ValueError):
             damaged.append(shard)
             continue
@@ -187,7 +188,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _places(shard: Path) -> dict[str, Place]:
     """Where the entries of a shard lie. Raises SafetensorError, OSError or ValueError for what is no whole shard."""
-    with safe_open(shard, framework="pt") as file:
+    with opened(shard) as file:
         if (file.metadata() or {}).get("sdlora_cache") != FORMAT_VERSION:
             raise ValueError("it is of another program or version")
         names: dict[str, list[str]] = {}

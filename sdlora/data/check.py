@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,6 @@ HASH_SIZE = (9, 8)  # width, height
 # Levels of 255 by which their shades may differ in the mean: drawings on plain paper have few edges, and so hashes that are alike.
 SAME_SHADES = 12
 NAMED = 20  # lines of one kind
-# What CLIP's tokenizer splits a text into before it looks for parts of words: letters, single digits, other signs.
-WORD = re.compile(r"[^\W\d_]+|\d|(?:[^\s\w]|_)+")
 
 
 @dataclass(frozen=True)
@@ -79,11 +76,6 @@ def check(
     )
 
 
-def about_tokens(caption: str) -> int:
-    """A lower bound of a caption's tokens: each word, digit and group of signs is at least one; rare words are several."""
-    return len(WORD.findall(caption))
-
-
 # ---------------------------------------------------------------- look-alikes
 
 
@@ -127,13 +119,13 @@ def look_alikes(of: Mapping[Path, Look]) -> list[list[Path]]:
 # ---------------------------------------------------------------- as text
 
 
-def lines(report: Report, *, about: bool) -> Iterator[str]:
-    """The report as a page; `about` where captions were counted by words."""
+def lines(report: Report) -> Iterator[str]:
+    """The report as a page."""
     widths, heights = zip(*report.sizes.values(), strict=True)
     yield f"Pictures     {len(report.sizes)}, {min(widths)} to {max(widths)} px wide and {min(heights)} to {max(heights)} px high"
     yield f"Captions     {report.captions} different"
     yield f"Buckets      {', '.join(f'{width}x{height} ({n})' for (width, height), n in sorted(report.buckets.items()))}"
-    for title, entries in _findings(report, about).items():
+    for title, entries in _findings(report).items():
         if entries:
             yield f"\n{title} ({len(entries)}):"
             yield from (f"  {entry}" for entry in entries[:NAMED])
@@ -144,11 +136,11 @@ def lines(report: Report, *, about: bool) -> Iterator[str]:
 
 def short(report: Report) -> Iterator[str]:
     """The report in a sentence for each finding; what was skipped is not among them."""
-    titles = list(_findings(report, False).items())[:-2]
+    titles = list(_findings(report).items())[:-2]
     yield from (f"{title}: {len(entries)}, as {entries[0]}." for title, entries in titles if entries)
 
 
-def _findings(report: Report, about: bool) -> dict[str, list[str]]:
+def _findings(report: Report) -> dict[str, list[str]]:
     return {
         "Exact copies": [" = ".join(path.name for path in same) for same in report.copies],
         "Pictures that look alike": [", ".join(path.name for path in alike) for alike in report.alike],
@@ -157,9 +149,7 @@ def _findings(report: Report, about: bool) -> dict[str, list[str]]:
             for path, scale in sorted(report.enlarged.items(), key=lambda entry: -entry[1])
         ],
         "Empty captions": [path.name for path in report.uncaptioned],
-        f"Captions longer than {report.max_tokens} tokens": [
-            f"{path.name}, {'about ' if about else ''}{length}" for path, length in report.overlong.items()
-        ],
+        f"Captions longer than {report.max_tokens} tokens": [f"{path.name}, {length}" for path, length in report.overlong.items()],
         "Pictures that are not used": [f"{path.name}: {reason}" for path, reason in report.unreadable],
         "Other files that are not used": [f"{path.name}: {reason}" for path, reason in report.unused],
     }

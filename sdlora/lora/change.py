@@ -40,7 +40,7 @@ class Change:
     """Exact change of a module's weight and bias; what is None is not changed."""
 
     factors: Factors | None = None
-    dora_scale: Tensor | None = None  # (1, I) or (1, I, 1, 1): DoRA's magnitude of each input channel
+    dora_scale: Tensor | None = None  # (1, I) or (1, I, 1, 1): DoRA's magnitude of each input channel; (O, 1), (O, 1, 1, 1): of outputs
     weight: Tensor | None = None  # added to the weight: (O, I), (O, I, kh, kw), or (C,) of a norm
     bias: Tensor | None = None  # added to the bias: (O,) or (C,)
 
@@ -57,20 +57,18 @@ class Change:
         return None if self.factors is None else (len(self.factors.up), *self.factors.down.shape[1:])
 
     def fits(self, weight: Sequence[int], bias: Sequence[int] | None) -> bool:
-        """Whether a module with a weight and a bias of these shapes can be changed so."""
-        factors, outputs, inputs = self.factors, weight[0], weight[1:]
-        return not (
-            (
-                factors is not None
-                and (
-                    factors.up.shape[1] != factors.down.shape[0]
-                    or (len(factors.up), factors.down[0].numel()) != (outputs, math.prod(inputs))
-                )
-            )
-            or (self.dora_scale is not None and tuple(self.dora_scale.shape) != (1, inputs[0], *[1] * (len(inputs) - 1)))
-            or (self.weight is not None and tuple(self.weight.shape) != tuple(weight))
-            or (self.bias is not None and (bias is None or tuple(self.bias.shape) != tuple(bias)))
-        )
+        """Whether a module with a weight and a bias of these shapes can be changed so. A kernel of 1x1 may be left out."""
+        matrix, ones = (weight[0], math.prod(weight[1:])), [1] * (len(weight) - 2)
+        if self.factors is not None:
+            down, up, _ = self.factors
+            if up.shape[1] != len(down) or (len(up), down[0].numel()) != matrix:
+                return False
+        if self.weight is not None and (len(self.weight), self.weight[0].numel()) != matrix:
+            return False
+        axes = ((1, weight[1], *ones), (weight[0], 1, *ones)) if len(weight) > 1 else ()
+        if self.dora_scale is not None and tuple(self.dora_scale.shape) not in axes:
+            return False
+        return self.bias is None or (bias is not None and tuple(self.bias.shape) == tuple(bias))
 
     def delta(self, base: Tensor) -> Tensor:
         """Change of a weight `base`, fp32."""
@@ -79,10 +77,10 @@ class Change:
         if self.factors is not None:
             total += self.factors.delta().view_as(base).to(base.device)
         if self.weight is not None:
-            total += self.weight.float().to(base.device)
+            total += self.weight.float().view_as(base).to(base.device)
         if self.dora_scale is not None:
             adapted = base + total
-            total = self.dora_scale.to(base.device) / input_norms(adapted) * adapted - base
+            total = self.dora_scale.to(base.device) / channel_norms(adapted, self.dora_scale.shape) * adapted - base
         return total
 
 
@@ -92,8 +90,13 @@ def input_norms(weight: Tensor) -> Tensor:
     DoRA's column norm (Liu et al. 2024, eq. 2, with weights as (O, I)). A channel of zeros only has no direction: it stays zero whatever it
     is divided by.
     """
-    squares = weight.float().square().sum(dim=(0, *range(2, weight.dim())), keepdim=True)
-    return squares.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return channel_norms(weight, (1, weight.shape[1], *[1] * (weight.dim() - 2)))
+
+
+def channel_norms(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """L2 norms over the axes that have one entry in `shape`, never quite zero: of outputs for (O, 1), as peft has it."""
+    over = [axis for axis, entries in enumerate(shape) if entries == 1]
+    return weight.float().square().sum(dim=over, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 class Triplets(NamedTuple):

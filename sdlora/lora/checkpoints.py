@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 from sdlora.errors import WeightsError
 from sdlora.lora.names import diffusers_path
 from sdlora.lora.targets import readable_name
-from sdlora.tensorfile import Header, read_header, read_tensor
+from sdlora.tensors import Header, read_header, read_tensor
 
 UNET_PREFIX = "model.diffusion_model."
 # Family -> part -> what its keys begin with. A file is of the first family of which it has every text encoder.
@@ -98,11 +98,29 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.suffix != ".safetensors" and path.exists():
         raise WeightsError(f"{path} is no .safetensors file: convert it first, with a program that you trust to open it.")
     header = read_header(path)
-    family = next((name for name, parts in TEXT_ENCODER_PREFIXES.items() if all(_has(header, p) for p in parts.values())), None)
-    if family is None or not _has(header, UNET_PREFIX):
-        raise WeightsError(f"{path} is not a checkpoint of SD 1.x, SD 2.x or SDXL with its UNet and text encoders.")
+    family, places = places_of(path, header.entries)
+    return Checkpoint(path, family, {path: header}, places)
+
+
+def places_of(path: Path, keys: Collection[str]) -> tuple[str, dict[str, Place]]:
+    """The family of a single file with these keys, and where it keeps each parameter, by its readable name. Raises WeightsError."""
+
+    def has(*prefixes: str) -> bool:
+        return all(any(key.startswith(prefix) for key in keys) for prefix in prefixes)
+
+    if any(key.endswith((".lora_down.weight", ".lora_A.weight", ".lora_up.weight")) for key in keys):
+        raise WeightsError(f"{path} is a LoRA, not a checkpoint: it changes a model, and is none.")
+    if not has(UNET_PREFIX):
+        raise WeightsError(
+            f"{path} is not a checkpoint of SD 1.x, SD 2.x or SDXL in its original layout: nothing in it begins {UNET_PREFIX}"
+        )
+    family = next((name for name, parts in TEXT_ENCODER_PREFIXES.items() if has(*parts.values())), None)
+    if family is None and has("conditioner.embedders.0.model."):
+        raise WeightsError(f"{path} is SDXL's refiner, which LoRAs are not trained for: give the base model.")
+    if family is None:
+        raise WeightsError(f"{path} lacks a text encoder of SD 1.x, SD 2.x or SDXL: give a whole checkpoint, not the UNet alone.")
     places = {}
-    for key in header.entries:
+    for key in keys:
         if key.startswith(UNET_PREFIX):
             module, _, end = key.removeprefix(UNET_PREFIX).rpartition(".")
             places[f"unet.{diffusers_path(module)}.{end}"] = Place(path, key)
@@ -111,11 +129,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 inner = key.removeprefix(prefix)
                 found = open_clip_places(path, key, inner) if prefix.endswith("model.") else [(inner, Place(path, key))]
                 places |= {readable_name(part, name): place for name, place in found}
-    return Checkpoint(path, family, {path: header}, places)
-
-
-def _has(header: Header, prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in header.entries)
+    return family, places
 
 
 def open_clip_places(file: Path, key: str, path: str) -> Iterator[tuple[str, Place]]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sdlora.lora.change import Change, Factors
-from sdlora.lora.lorafile import LoraFile, check_alike
+from sdlora.lora.formats import LoraFile
+from sdlora.lora.lorafile import check_alike
 from sdlora.lora.resize import Cut, Limit, resize
 from sdlora.lora.targets import seeded_generator
 
@@ -32,8 +33,8 @@ def combine(
     """Every layer of any of the files with the sum of their changes, each times its strength, exactly where there is neither thinning
     nor limit; with what the limit cut off. Raises WeightsError where the files are for different models."""
     check_alike(files)
-    for name in dict.fromkeys(name for file in files for name in file.changes):
-        changes = [(file.changes[name], own[name]) for file, own in zip(files, strengths, strict=True) if name in file.changes]
+    for name in dict.fromkeys(name for file in files for name in file.layers):
+        changes = [(file.change(name), own[name]) for file, own in zip(files, strengths, strict=True) if name in file.layers]
         change = concatenate(changes) if thinning is None else thin_out(name, changes, thinning)
         yield name, *((change, None) if limit is None else resize(name, change, limit))
 

@@ -1,72 +1,298 @@
-"""LoRA files: the names, shapes and metadata that A1111, Forge, ComfyUI, diffusers and kohya's scripts read.
+"""LoRA files: what A1111, Forge, ComfyUI, diffusers and other trainers write is read, and what they read is written.
 
-A module becomes `<prefix>_<path with . as _>`. A plain LoRA has `.lora_down.weight`, `.lora_up.weight` and a 0-dim `.alpha`; a reader
-applies W + strength * alpha / R * up @ down with R = down.shape[0]. Other changes, in files that were asked for (LyCORIS' names):
-`.dora_scale` (1, I) beside the three; `.diff` and `.diff_b`, added to weight and bias; `.w_norm` and `.b_norm`, the same of a norm.
+A plain LoRA has `.lora_down.weight`, `.lora_up.weight` and a 0-dim `.alpha` behind each layer's stem (lora/names.py); a reader applies
+W + strength * alpha / R * up @ down with R = down.shape[0]. Other changes, in files that were asked for (LyCORIS' names): `.dora_scale`
+beside the three; `.diff` and `.diff_b`, added to weight and bias; `.w_norm` and `.b_norm`, the same of a norm. diffusers' own files have
+`.lora_A.weight` and `.lora_B.weight` and no alpha. Further encodings are read and never written, see encodings.py.
 
-Files hold one alpha for all layers, and what a layer learned beyond it is multiplied into its `up`. The product is the same, but
+WebUI files hold one alpha for all layers, and what a layer learned beyond it is multiplied into its `up`. The product is the same, but
 diffusers (seen in 0.42) applies the most frequent alpha to all attention and text-encoder layers, without a word, where alphas
 differ. The learned alphas themselves stand in the metadata, under LEARNED_ALPHAS.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from sdlora.errors import TrainingError, WeightsError
-from sdlora.files import write_durably
-from sdlora.lora.change import Change, Factors
+from sdlora.lora.change import Change
+from sdlora.lora.encodings import decode
+from sdlora.lora.names import WEBUI, readable, spellings
 from sdlora.lora.targets import readable_name
+from sdlora.lora.tensor_file import PRECISIONS, write
+from sdlora.tensors import finite, opened, reading
 
-LEARNED_ALPHAS = "sdlora_learned_alphas"  # JSON: module's name in the file -> alpha
+LEARNED_ALPHAS = "sdlora_learned_alphas"  # JSON: layer's stem in the file -> alpha
 LEARNED_SCALES = "sdlora_learned_scales"  # the same -> what the product of the matrices was multiplied by in training
-PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
+PEFT_CONFIG = "lora_adapter_metadata"  # JSON: options of peft, in files of diffusers
 FOLDABLE = nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm
 
 
-def webui_name(name: str) -> str:
+def webui_name(name: str, family: str = "sd1") -> str:
     """`unet.mid_block.attentions.0.proj_in` -> `lora_unet_mid_block_attentions_0_proj_in`."""
-    part, _, path = name.partition(".")
-    return f"{PREFIXES[part]}_{path.replace('.', '_')}"
+    return WEBUI[family](name)
 
 
-def to_tensors(changes: Mapping[str, Change], alpha: float) -> dict[str, Tensor]:
-    """Readable names -> the tensors of a WebUI file, fp32, with this alpha for every low-rank layer."""
-    return {key: tensor for name, change in changes.items() for key, tensor in layer_tensors(webui_name(name), change, alpha).items()}
+# ---------------------------------------------------------------- writing
 
 
-def layer_tensors(stem: str, change: Change, alpha: float) -> dict[str, Tensor]:
-    """The tensors of one layer, whose name in the file is `stem`."""
-    tensors = {}
+def webui_tensors(name: str, change: Change, family: str, alpha: float) -> dict[str, Tensor]:
+    """What a WebUI file holds of one layer, fp32, with this alpha where it is of low rank."""
+    stem = WEBUI[family](name)
+    tensors: dict[str, Tensor | None] = {}
     if change.factors is not None:
         down, up, own = change.factors
-        tensors[f"{stem}.lora_down.weight"] = down.float().contiguous()
-        tensors[f"{stem}.lora_up.weight"] = (up.float() * (own / alpha)).contiguous()
-        tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        tensors["lora_down.weight"] = down
+        tensors["lora_up.weight"] = up.float() * (own / alpha)
+        tensors["alpha"] = torch.tensor(alpha)
     is_norm = change.weight is not None and change.weight.dim() == 1
-    for suffix, tensor in (
-        ("dora_scale", change.dora_scale),
-        ("w_norm" if is_norm else "diff", change.weight),
-        ("b_norm" if is_norm else "diff_b", change.bias),
-    ):
-        if tensor is not None:
-            tensors[f"{stem}.{suffix}"] = tensor.float().contiguous()
-    return tensors
+    tensors["dora_scale"] = change.dora_scale
+    tensors["w_norm" if is_norm else "diff"] = change.weight
+    tensors["b_norm" if is_norm else "diff_b"] = change.bias
+    return {f"{stem}.{suffix}": tensor.float().contiguous() for suffix, tensor in tensors.items() if tensor is not None}
 
+
+def diffusers_tensors(name: str, change: Change, family: str, alpha: float) -> dict[str, Tensor]:
+    """What diffusers saves of one layer, fp32. It has no alpha: `lora_B` carries the scale. Raises WeightsError for what is not plain."""
+    if not change.is_plain or change.factors is None:
+        raise WeightsError(f"diffusers reads plain LoRAs alone, and {name} is none: write a WebUI file, or reduce it to a rank first.")
+    down, up, own = change.factors
+    return {
+        f"{name}.lora_A.weight": down.float().contiguous(),
+        f"{name}.lora_B.weight": (up.float() * (own / down.shape[0])).contiguous(),
+    }
+
+
+# Name of a format -> (readable name, change, family, alpha) -> tensors by key.
+FORMATS: dict[str, Callable[[str, Change, str, float], dict[str, Tensor]]] = {
+    "webui": webui_tensors,
+    "diffusers": diffusers_tensors,
+}
+
+
+def to_tensors(changes: Mapping[str, Change], alpha: float, family: str = "sd1") -> dict[str, Tensor]:
+    """Changes by readable name -> the tensors of a WebUI file, fp32."""
+    return {key: tensor for name, change in changes.items() for key, tensor in webui_tensors(name, change, family, alpha).items()}
+
+
+def save(
+    path: Path,
+    changes: Mapping[str, Change],
+    alpha: float,
+    metadata: Mapping[str, str],
+    *,
+    family: str = "sd1",
+    to: str = "webui",
+    precision: str = "fp32",
+) -> None:
+    """Write changes by readable name atomically and durably. Raises TrainingError rather than export a number that is not finite, and
+    WeightsError where the precision cannot hold one."""
+    alpha = _rounded(alpha, precision)
+    tensors = {key: tensor for name, change in changes.items() for key, tensor in FORMATS[to](name, change, family, alpha).items()}
+    broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise TrainingError(f"{path.name} is not exported: {broken[0]} holds numbers that are not finite; lower the learning rate.")
+    write(path, tensors.items(), metadata, precision)
+
+
+def _rounded(alpha: float, precision: str) -> float:
+    """As the file can hold it, so that `up` makes up for the rest; 1 for what it would hold as 0."""
+    return torch.tensor(alpha).to(PRECISIONS[precision]).item() or 1.0
+
+
+def convert(source: Path, target: Path, *, to: str = "webui", precision: str | None = None, family: str | None = None) -> None:
+    """Write `source` anew as one of FORMATS, a layer at a time. Layers that have the file's most frequent alpha keep every bit.
+
+    precision: None for the source's own. family: where the source does not show it. Raises WeightsError, also rather than leave out what is
+    not understood.
+    """
+    with open_lora(source) as file:
+        file.refuse_unread()
+        family = family or file.family
+        if family is None:
+            raise WeightsError(f"{source} does not show which family it is for: say sd1, sd2 or sdxl.")
+        precision = precision or file.precision
+        alpha = _rounded(file.usual_alpha, precision)
+        # Where alphas are multiplied into the matrices, peft's options must not scale them again.
+        metadata = {key: value for key, value in file.metadata.items() if key != PEFT_CONFIG}
+        if "ss_network_alpha" in metadata:
+            metadata["ss_network_alpha"] = f"{alpha:g}"
+        layers = (FORMATS[to](name, file.change(name), family, alpha) for name in file.layers)
+        write(target, (item for tensors in layers for item in tensors.items()), metadata, precision)
+
+
+# ---------------------------------------------------------------- reading
+
+# What a tensor is to its layer, by the end of its key. Down and up in the words of kohya, of diffusers of all times, and of peft, which
+# may put an adapter's name before `weight`.
+_KEY = re.compile(
+    r"(?P<stem>.+?)(?:"
+    r"(?P<down>(?:\.lora_down|\.lora_A|[._]lora\.down|\.lora_linear_layer\.down)(?:\.\w+)?\.weight)|"
+    r"(?P<up>(?:\.lora_up|\.lora_B|[._]lora\.up|\.lora_linear_layer\.up)(?:\.\w+)?\.weight)|"
+    r"(?P<magnitude>\.lora_magnitude_vector(?:\.\w+)*)|"
+    r"\.(?P<own>lora_mid\.weight|alpha|dora_scale|diff|diff_b|w_norm|b_norm|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)))"
+)
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A file that is read a layer at a time."""
+
+    path: Path
+    metadata: dict[str, str]
+    layers: dict[str, dict[str, str]]  # readable name -> what a tensor is -> its key
+    unread: list[str]  # keys that are not understood
+    _tensors: Any = field(repr=False)
+
+    def change(self, name: str) -> Change:
+        """fp32. Raises WeightsError for a layer whose tensors do not belong together."""
+        tensors = {role: finite(self.path, key, self._tensors.get_tensor(key)) for role, key in self.layers[name].items()}
+        try:
+            change = decode(tensors, self._alpha_of_peft(name))
+        except (RuntimeError, IndexError, TypeError):  # torch's words for matrices that cannot be multiplied, or are none
+            raise WeightsError(f"{self.path}: the tensors of {self.stem(name)} have shapes that do not belong together.") from None
+        if tensors or not kinds_of(change):
+            keys = ", ".join(self.layers[name][role] for role in tensors or self.layers[name])
+            raise WeightsError(f"{self.path}: {keys} lacks the tensors that belong to it.")
+        kernel = kernel_of(name, self.family)
+        if change.weight is not None and change.weight.dim() == 2 and change.weight.shape[1] % math.prod(kernel) == 0:
+            return replace(change, weight=change.weight.view(len(change.weight), -1, *kernel))
+        return change
+
+    def stem(self, name: str) -> str:
+        """As the file spells it."""
+        found = _KEY.fullmatch(next(iter(self.layers[name].values())))
+        assert found is not None
+        return found["stem"]
+
+    def shape(self, name: str, role: str) -> tuple[int, ...]:
+        return tuple(self._tensors.get_slice(self.layers[name][role]).get_shape())
+
+    def refuse_unread(self) -> None:
+        """Raises WeightsError."""
+        if self.unread or not self.layers:
+            some = ", ".join(self.unread[:3]) + (f" and {len(self.unread) - 3} more" if len(self.unread) > 3 else "")
+            raise WeightsError(f"{self.path} is not a LoRA that is understood: {some or 'it is empty'}.")
+
+    @cached_property
+    def family(self) -> str | None:
+        """Which it is for, as far as it shows."""
+        if any(name.startswith(("text_encoder_2.", "unet.add_embedding.")) or ".transformer_blocks.1." in name for name in self.layers):
+            return "sdxl"
+        for name in self.layers:
+            role = next((role for role in ("down", "diff") if role in self.layers[name]), None)
+            width = self.shape(name, role)[1] if role is not None and len(self.shape(name, role)) > 1 else None
+            if re.search(r"\.attn2\.to_[kv]$", name) and width in CONTEXT_WIDTHS:
+                return CONTEXT_WIDTHS[width]
+            if re.search(r"^text_encoder\..*\.q_proj$", name) and width == 1024:
+                return "sd2"
+        said = [self.metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")]
+        return next((family for family, starts in SAID.items() if any(text.startswith(starts) for text in said)), None)
+
+    @property
+    def precision(self) -> str:
+        """The most frequent, of those that we write."""
+        kinds = Counter(self._tensors.get_slice(key).get_dtype() for keys in self.layers.values() for key in keys.values())
+        return {"F16": "fp16", "BF16": "bf16"}.get(kinds.most_common(1)[0][0], "fp32")
+
+    @property
+    def usual_alpha(self) -> float:
+        """The most frequent one that is not 0; a layer without one has its rank."""
+        alphas: Counter[float] = Counter()
+        for name, keys in self.layers.items():
+            if "down" in keys:
+                own = self._tensors.get_tensor(keys["alpha"]) if "alpha" in keys else None
+                alpha = self._alpha_of_peft(name) if own is None or own.numel() != 1 else float(own)
+                alphas[float(self.shape(name, "down")[0]) if alpha is None else alpha] += 1
+        return next((alpha for alpha, _ in alphas.most_common() if alpha), 1.0)
+
+    def _alpha_of_peft(self, name: str) -> float | None:
+        """What peft's options say, in this file's convention of alpha / R."""
+        if "down" not in self.layers[name]:
+            return None
+        part, _, path = name.partition(".")
+        config = self._peft_config
+        of_part = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")} or config
+        if "lora_alpha" not in of_part:
+            return None
+        patterns = of_part.get("alpha_pattern") or {}
+        alpha = next((float(a) for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), of_part["lora_alpha"])
+        return float(alpha) * math.sqrt(self.shape(name, "down")[0]) if of_part.get("use_rslora") else float(alpha)
+
+    @cached_property
+    def _peft_config(self) -> dict[str, Any]:
+        try:
+            config = json.loads(self.metadata.get(PEFT_CONFIG, "{}"))
+        except ValueError:
+            raise WeightsError(f"{self.path}: its metadata {PEFT_CONFIG} is damaged.") from None
+        return config if isinstance(config, dict) else {}
+
+
+CONTEXT_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # D of the text embeddings that cross-attention reads
+# How `ss_base_model_version` and `modelspec.architecture` begin.
+SAID: dict[str, tuple[str, ...]] = {
+    "sd1": ("sd_v1", "stable-diffusion-v1"),
+    "sd2": ("sd_v2", "stable-diffusion-v2"),
+    "sdxl": ("sdxl_", "stable-diffusion-xl"),
+}
+
+
+def kernel_of(name: str, family: str | None) -> tuple[int, ...]:
+    """Of a layer in a Stable Diffusion UNet: () for what is no convolution. Some encodings lose it."""
+    if re.search(r"\.(conv1|conv2|(down|up)samplers\.0\.conv|conv_in|conv_out)$", name):
+        return (3, 3)
+    is_projection = re.search(r"\.attentions\.\d+\.proj_(in|out)$", name) is not None
+    return (1, 1) if name.endswith(".conv_shortcut") or (is_projection and family == "sd1") else ()
+
+
+@contextmanager
+def open_lora(path: Path) -> Iterator[LoraFile]:
+    """Raises WeightsError for what is not a .safetensors file."""
+    with reading(path):
+        file = opened(path)
+    with file as tensors:
+        layers: dict[str, dict[str, str]] = {}
+        unread = []
+        for key in sorted(tensors.keys()):
+            found = _KEY.fullmatch(key)
+            name = readable(found["stem"]) if found else None
+            role = (found["own"] or str(found.lastgroup)) if found else ""
+            if name is None or role in layers.get(name, {}):
+                unread.append(key)
+            else:
+                layers.setdefault(name, {})[role] = key
+        yield LoraFile(path, dict(tensors.metadata() or {}), layers, unread, tensors)
+
+
+def load(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
+    """Changes by the canonical stem of the file's family, fp32, and metadata. A missing alpha means scale 1. Raises WeightsError, also
+    rather than leave out what is not understood."""
+    with open_lora(path) as file:
+        file.refuse_unread()
+        stem = WEBUI[file.family or "sd1"]
+        return {stem(name): file.change(name) for name in file.layers}, file.metadata
+
+
+# ---------------------------------------------------------------- who reads what
 
 # What programs make of each kind of tensor that a plain LoRA lacks. Measured: each program's own loader, the weight that it applied
 # compared with the file's meaning.
 READERS: dict[str, str] = {
     "dora_scale": "DoRA is right in ComfyUI, Forge, A1111 and InvokeAI, in SD.Next on attention only; diffusers and kohya's scripts "
     "apply it wrongly",
+    "dora_scale of outputs": "DoRA on the output axis is right in SD.Next on attention only; all other programs apply it wrongly",
     "diff": "full deltas are right in ComfyUI, Forge, A1111 and InvokeAI, in SD.Next on attention only; diffusers refuses the file, and "
     "kohya's scripts ignore them",
     "diff_b": "biases are right in ComfyUI and Forge; A1111 and InvokeAI ignore them beside a LoRA and refuse them alone; diffusers "
@@ -76,65 +302,39 @@ READERS: dict[str, str] = {
 }
 
 
+def kinds_of(change: Change) -> set[str]:
+    """Those of READERS that a change has, and "lora"."""
+    is_norm = change.weight is not None and change.weight.dim() == 1
+    of_outputs = change.dora_scale is not None and change.dora_scale.shape[0] > 1
+    has = {
+        "lora": change.factors is not None,
+        "dora_scale": change.dora_scale is not None and not of_outputs,
+        "dora_scale of outputs": of_outputs,
+        "diff": change.weight is not None and not is_norm,
+        "diff_b": change.bias is not None and not is_norm,
+        "w_norm": is_norm,
+    }
+    return {kind for kind, it_has in has.items() if it_has}
+
+
 def who_reads(changes: Iterable[Change]) -> list[str]:
     """A line for each kind of change that not every program reads rightly."""
-    suffixes = {key.rpartition(".")[2] for key in to_tensors({f"unet.{n}": change for n, change in enumerate(changes)}, 1.0)}
-    return [line for suffix, line in READERS.items() if suffix in suffixes]
+    kinds = set().union(*map(kinds_of, changes))
+    return [line for kind, line in READERS.items() if kind in kinds]
 
 
-def save(path: Path, changes: Mapping[str, Change], alpha: float, metadata: Mapping[str, str]) -> None:
-    """Write a WebUI file atomically and durably. Raises TrainingError rather than export a number that is not finite."""
-    tensors = to_tensors(changes, alpha)
-    broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if broken:
-        raise TrainingError(f"{path.name} is not exported: {broken[0]} holds numbers that are not finite; lower the learning rate.")
-    data = serialise(tensors, dict(metadata))
-    body = 8 + int.from_bytes(data[:8], "little")
-    data = serialise(tensors, {**metadata, "sshs_model_hash": hashlib.sha256(data[body:]).hexdigest()})
-    write_durably(path, data)
-
-
-def load(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
-    """Changes by WebUI name (without suffix), and metadata. A missing alpha means scale 1. Raises WeightsError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except FileNotFoundError:
-        raise WeightsError(f"There is no file {path}.") from None
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable .safetensors file: {error}.") from None
-    changes = {}
-    for key in sorted({k.partition(".")[0] for k in tensors}):
-
-        def take(*suffixes: str, key: str = key) -> Tensor | None:
-            found = [tensors.pop(f"{key}.{suffix}").float() for suffix in suffixes if f"{key}.{suffix}" in tensors]
-            return found[0] if found else None
-
-        factors = None
-        if f"{key}.lora_down.weight" in tensors and f"{key}.lora_up.weight" in tensors:
-            down, up, alpha = take("lora_down.weight"), take("lora_up.weight"), take("alpha")
-            assert down is not None and up is not None
-            factors = Factors(down, up, float(down.shape[0] if alpha is None else alpha))
-        if factors is None and f"{key}.dora_scale" in tensors:
-            raise WeightsError(f"{path}: {key} has DoRA's magnitude and not the matrices that belong to it.")
-        change = Change(factors, take("dora_scale"), take("diff", "w_norm"), take("diff_b", "b_norm"))
-        if factors is not None or change.weight is not None or change.bias is not None:
-            changes[key] = change
-    if tensors or not changes:
-        raise WeightsError(f"{path} is not a LoRA in the WebUI format: {', '.join(sorted(tensors)[:3]) or 'it is empty'}.")
-    return changes, metadata
+# ---------------------------------------------------------------- what a run learned
 
 
 def read_alphas(path: Path) -> dict[str, float]:
-    """WebUI name -> the alpha that the run behind a file learned, or what the file says where it is not one of ours."""
+    """Canonical stem -> the alpha that the run behind a file learned, or what the file says where it is not one of ours."""
     changes, metadata = load(path)
     alphas = {name: change.factors.alpha for name, change in changes.items() if change.factors is not None}
     return alphas | _learned(path, metadata, LEARNED_ALPHAS, changes)
 
 
 def read_scales(path: Path) -> dict[str, float]:
-    """WebUI name -> the scale that the run behind a file learned, whatever its rank, or alpha / R where the file is not one of ours."""
+    """Canonical stem -> the scale that the run behind a file learned, whatever its rank, or alpha / R where the file is not one of ours."""
     changes, metadata = load(path)
     scales = {name: factors.alpha / factors.down.shape[0] for name, change in changes.items() if (factors := change.factors) is not None}
     return scales | _learned(path, metadata, LEARNED_SCALES, changes)
@@ -142,41 +342,39 @@ def read_scales(path: Path) -> dict[str, float]:
 
 def _learned(path: Path, metadata: Mapping[str, str], key: str, changes: Mapping[str, Change]) -> dict[str, float]:
     try:
-        return {name: float(value) for name, value in json.loads(metadata.get(key, "{}")).items() if name in changes}
-    except (ValueError, TypeError, AttributeError):
+        values = {readable(stem): float(value) for stem, value in json.loads(metadata.get(key, "{}")).items()}
+        if not all(map(math.isfinite, values.values())):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise WeightsError(f"{path}: its metadata {key} is damaged.") from None
+    return {stem: values[name] for stem in changes if (name := readable(stem)) in values}
 
 
-def modules_by_name(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Every module that a file may change, by its name in files."""
+# ---------------------------------------------------------------- into a model
+
+
+def modules_by_name(parts: Mapping[str, nn.Module], family: str = "sd1") -> dict[str, nn.Module]:
+    """Every module that a file may change, by each of its stems in files."""
     return {
-        webui_name(readable_name(part, path)): module
+        stem: module
         for part, model in parts.items()
         for path, module in model.named_modules()
         if isinstance(module, FOLDABLE)
+        for stem in spellings(readable_name(part, path), family)
     }
 
 
 @torch.no_grad()
-def merge(parts: Mapping[str, nn.Module], changes: Mapping[str, Change], strength: float = 1.0) -> None:
+def merge(parts: Mapping[str, nn.Module], changes: Mapping[str, Change], strength: float = 1.0, family: str = "sd1") -> None:
     """Apply a file's changes to the weights in place, as WebUIs do. Raises WeightsError when the model has no such layer."""
-    modules = modules_by_name(parts)
+    modules = modules_by_name(parts, family)
     for key, change in changes.items():
         module = modules.get(key)
         if module is None:
             raise WeightsError(f"The LoRA does not fit this model: it adapts {key}, which the model lacks.")
         weight, bias = module.weight, module.bias
         assert isinstance(weight, Tensor)
-        factors = change.factors
-        if (
-            (
-                factors is not None
-                and (factors.up.shape[1] != factors.down.shape[0] or weight.flatten(1).shape != (len(factors.up), factors.down[0].numel()))
-            )
-            or (change.dora_scale is not None and change.dora_scale.shape != (1, weight.shape[1], *[1] * (weight.dim() - 2)))
-            or (change.weight is not None and weight.shape != change.weight.shape)
-            or (change.bias is not None and (not isinstance(bias, Tensor) or bias.shape != change.bias.shape))
-        ):
+        if not change.fits(weight.shape, bias.shape if isinstance(bias, Tensor) else None):
             raise WeightsError(f"The LoRA does not fit this model: {key} has another shape.")
         weight += (strength * change.delta(weight)).to(weight)
         if change.bias is not None and isinstance(bias, Tensor):

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from sdlora.errors import WeightsError
-from sdlora.files import copy_durably, draft_of_folder
+from sdlora.files import copy_durably, durable_folder
 from sdlora.lora.change import Change
 from sdlora.lora.checkpoints import Checkpoint
-from sdlora.tensorfile import rewrite
+from sdlora.tensors import rewrite
 
 MERGED = "sdlora_merged"  # metadata of a checkpoint: JSON, a list of what was folded into it
 # Of weights in any format: of a part that is changed, a copied folder must not keep the old ones beside the new.
@@ -114,7 +114,7 @@ def copy_folder(checkpoint: Checkpoint, parts: Collection[Path], target: Path, w
     """Copy a folder in diffusers' layout, with `write` for the weights of some of its parts; other formats of these, which would hold
     the old weights, stay behind."""
     weights = shutil.ignore_patterns(*WEIGHTS)
-    with draft_of_folder(target) as draft:
+    with durable_folder(target) as draft:
         shutil.copytree(
             checkpoint.path,
             draft,

@@ -146,7 +146,10 @@ def readable(stem: str) -> str | None:
     stem = stem.removeprefix(_PEFT)
     known = ((part, prefix) for part, prefixes in _ANY_PREFIX.items() for prefix in prefixes if stem.startswith(prefix))
     bare = ((part, "") for part, pattern in _BARE.items() if pattern.match(stem))
-    part, prefix = next(known, None) or next(bare, ("", ""))
+    found = next(known, None) or next(bare, None)
+    if found is None:
+        return None
+    part, prefix = found
     path = stem.removeprefix(prefix)
     if prefix.endswith("_"):
         path = ".".join(_WORD.findall(path))
@@ -154,7 +157,7 @@ def readable(stem: str) -> str | None:
         path = path.replace(".processor.", ".")
         return f"{UNET}.{diffusers_path(f'{path}.0' if path.endswith('.to_out') else path)}"
     head, _, last = path.rpartition(".")
-    return readable_name(part, f"{head}.{_OLD[last]}" if last in _OLD else path) if part else None
+    return readable_name(part, f"{head}.{_OLD[last]}" if last in _OLD else path)
 
 
 def spellings(name: str, family: str) -> list[str]:

@@ -34,10 +34,8 @@ def load(
     names = [f"text_encoder_{number + 1}" if number else "text_encoder" for number in range(len(found.text_encoders))]
     schedule = NoiseSchedule(found.scheduler.alphas_cumprod.to(device), found.scheduler.config.prediction_type)
     config = {**found.scheduler.config, "clip_sample": False}  # a pixel-space habit that pipelines warn of
-    if found.zero_terminal_snr:
-        schedule = schedule.with_zero_terminal_snr()
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # Lin et al. 2023, 3.3
     model = Model(
+        family=family.name,
         parts={"unet": found.unet, **dict(zip(names, found.text_encoders, strict=True))},
         vae=found.vae,
         tokenizers=dict(zip(names, found.tokenizers, strict=True)),

@@ -18,6 +18,7 @@ from sdlora.diffusion.schedule import NoiseSchedule
 class Model:
     """A loaded base model. `parts` by the name that layer names start with."""
 
+    family: str
     parts: dict[str, nn.Module]  # "unet", "text_encoder", and in SDXL "text_encoder_2"
     vae: Any
     tokenizers: dict[str, Any]  # of each text encoder
@@ -138,5 +139,3 @@ class Family:
     """Prompts of one size, step count and guidance -> latents (B, C, h, w), at the VAE's own scale."""
     idle: Callable[[Model], tuple[str, ...]]
     """How the readable names of layers begin that no prediction depends on."""
-    metadata: Callable[[Model], dict[str, str]]
-    """Which base model an exported file says it is for."""

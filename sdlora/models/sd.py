@@ -51,28 +51,5 @@ def sample(model: Model, prompts: Sequence[PicturePrompt]) -> Tensor:
     return sampling.run(pipeline, model, prompts, prompt_embeds=positive, negative_prompt_embeds=negative)
 
 
-def _prediction_type(model: Model) -> str:
-    return "v" if model.noise_schedule.prediction_type == "v_prediction" else "epsilon"
-
-
-def _metadata_1(model: Model) -> dict[str, str]:
-    return {
-        "ss_v2": "False",
-        "ss_base_model_version": "sd_v1",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.prediction_type": _prediction_type(model),
-    }
-
-
-def _metadata_2(model: Model) -> dict[str, str]:
-    is_v = _prediction_type(model) == "v"
-    return {
-        "ss_v2": "True",
-        "ss_base_model_version": "sd_v2_v" if is_v else "sd_v2",
-        "modelspec.architecture": "stable-diffusion-v2-768-v/lora" if is_v else "stable-diffusion-v2-512/lora",
-        "modelspec.prediction_type": _prediction_type(model),
-    }
-
-
-SD1 = Family("sd1", encode_prompts, predict, sample, idle, _metadata_1)
-SD2 = Family("sd2", encode_prompts, predict, sample, idle, _metadata_2)
+SD1 = Family("sd1", encode_prompts, predict, sample, idle)
+SD2 = Family("sd2", encode_prompts, predict, sample, idle)

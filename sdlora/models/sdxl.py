@@ -67,12 +67,4 @@ def sample(model: Model, prompts: Sequence[PicturePrompt]) -> Tensor:
     )
 
 
-def metadata(model: Model) -> dict[str, str]:
-    return {
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.prediction_type": "v" if model.noise_schedule.prediction_type == "v_prediction" else "epsilon",
-    }
-
-
-SDXL = Family("sdxl", encode_prompts, predict, sample, idle, metadata)
+SDXL = Family("sdxl", encode_prompts, predict, sample, idle)

@@ -1,21 +1,36 @@
-"""The components of a base model, from a folder in diffusers' layout."""
+"""The components of a base model, from whatever a user has: a folder in diffusers' layout, a checkpoint in its original layout, or a name
+on the Hugging Face hub. Only the last ever asks the network, and no weights are unpickled."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import sdlora.mini
 from sdlora.errors import WeightsError
+from sdlora.lora.checkpoints import Place, places_of
+from sdlora.lora.targets import readable_name
+from sdlora.models.tokenizer import clip_tokenizer
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+CONFIGS = Path(__file__).parent / "configs"  # of the families, as the original models have them
+PIPELINES = {"StableDiffusionPipeline": 1, "StableDiffusionXLPipeline": 2}  # text encoders
+FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+TEXT_ENCODERS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+PARTS = {"sd1": ("text_encoder",), "sd2": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+PADDING = {("sd2", "text_encoder"): "!", ("sdxl", "text_encoder_2"): "!"}  # OpenCLIP pads with token 0, CLIP with the end
+VAE_PREFIX = "first_stage_model."
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -27,13 +42,43 @@ class Components:
     tokenizers: tuple[Any, ...]
     scheduler: Any
     notes: tuple[str, ...] = ()  # what was assumed
-    zero_terminal_snr: bool = False
 
 
 def load(base: str, dtype: torch.dtype, *, vae: str | None = None, prediction_type: str | None = None) -> Components:
-    folder = sdlora.mini.WEIGHTS_DIR if base == "mini" else Path(base)
-    if not folder.exists():
-        raise WeightsError(f"model.base: there is no folder {folder}; give a model folder in diffusers' layout, or 'mini'.")
+    """`base`: "mini", a folder, a .safetensors or .ckpt file, or a hub's "owner/name". `vae`: a folder or file in the place of the base's
+    own. `prediction_type`: what the base's own word is overruled by. Raises WeightsError."""
+    found = _load(base, dtype, has_vae=vae is None, prediction_type=prediction_type)
+    if prediction_type is not None:
+        found = replace(found, scheduler=DDPMScheduler.from_config(found.scheduler.config, prediction_type=prediction_type))
+    if found.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise WeightsError(f"model.base: {base} predicts {found.scheduler.config.prediction_type}, which sdlora does not train.")
+    return found if vae is None else replace(found, vae=load_vae(Path(vae), found.family))
+
+
+def _load(base: str, dtype: torch.dtype, has_vae: bool, prediction_type: str | None) -> Components:
+    path = sdlora.mini.WEIGHTS_DIR if base == "mini" else Path(base)
+    if path.is_dir():
+        return _from_folder(path, dtype)
+    if path.is_file():
+        return _from_file(path, dtype, has_vae, prediction_type)
+    if HUB_NAME.fullmatch(base):
+        return _from_folder(download(base), dtype)
+    raise WeightsError(f"model.base: there is no {path}; give a model folder, a .safetensors file, 'owner/name' on the hub, or 'mini'.")
+
+
+def download(name: str) -> Path:
+    """A model on the hub as a folder in diffusers' layout, in the hub's own cache; what is there already is not asked for again."""
+    try:
+        return Path(DiffusionPipeline.download(name, use_safetensors=True))
+    except Exception as error:  # of the hub's client, the network below it, and diffusers, which share no class
+        reason = str(error).strip().splitlines()[0]
+        raise WeightsError(f"model.base: there is no folder {name}, and the hub does not give it either: {reason}") from error
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> Components:
     index = folder / "model_index.json"
     if not index.is_file():
         raise WeightsError(f"model.base: {folder} is not a model folder in diffusers' layout: it has no model_index.json.")
@@ -43,26 +88,173 @@ def load(base: str, dtype: torch.dtype, *, vae: str | None = None, prediction_ty
         raise WeightsError(f"model.base: {index} does not say which pipeline the model is for; it is damaged.") from None
     if name not in PIPELINES:
         raise WeightsError(f"model.base: {folder} is for {name}; sdlora trains {', '.join(PIPELINES)}.")
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    parts = list(TEXT_ENCODERS)[: PIPELINES[name]]
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in parts]
+    missing = [part for part in dict.fromkeys((*FOLDERS, *parts, *tokenizers)) if not (folder / part).is_dir()]
     if missing:
         raise WeightsError(f"model.base: {folder} is not a Stable Diffusion folder in diffusers' layout: it has no {', '.join(missing)}.")
-    is_xl = name == PIPELINES[1]
+    variant = {"variant": "fp16"} if not list((folder / "unet").glob("*model.safetensors*")) else {}
+    local = {"local_files_only": True}
     try:
-        tokenizers = [CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)]
-        encoders = [CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True, dtype=dtype)]
-        if is_xl:
-            tokenizers.append(CLIPTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True))
-            second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", local_files_only=True, dtype=dtype)
-            encoders.append(second)
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, torch_dtype=dtype)
-        own_vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, torch_dtype=torch.float32)
-        scheduler = DDPMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True, **variant, **local)
+        found = Components(
+            family="sdxl" if len(parts) == 2 else "sd2" if unet.config.cross_attention_dim == 1024 else "sd1",
+            unet=unet,
+            vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True, **variant, **local),
+            text_encoders=tuple(
+                TEXT_ENCODERS[part].from_pretrained(folder / part, dtype=dtype, use_safetensors=True, **variant, **local) for part in parts
+            ),
+            tokenizers=tuple(CLIPTokenizer.from_pretrained(folder / part, **local) for part in tokenizers),
+            scheduler=DDPMScheduler.from_pretrained(folder / "scheduler", **local),
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WeightsError(f"model.base: cannot load {folder}: {reason}") from error
-    if unet.config.in_channels != 4:
-        raise WeightsError(
-            f"model.base: {folder} is an inpainting or other special UNet ({unet.config.in_channels} input channels, not 4)."
-        )
-    family = "sdxl" if is_xl else "sd2" if unet.config.cross_attention_dim == 1024 else "sd1"
-    return Components(family, unet, own_vae, tuple(encoders), tuple(tokenizers), scheduler)
+    _refuse_special(folder, unet.config.in_channels)
+    return found
+
+
+def _refuse_special(path: Path, channels: int) -> None:
+    if channels != 4:
+        raise WeightsError(f"model.base: {path} is an inpainting or other special UNet ({channels} input channels, not 4).")
+
+
+# ---------------------------------------------------------------- single files
+
+
+class Weights:
+    """Tensors of a single file by its keys."""
+
+    def __init__(self, path: Path):
+        """Raises WeightsError for what cannot be read without running what a stranger wrote."""
+        self.path = path
+        self._tensors: dict[str, Tensor] | None = None
+        try:
+            if path.suffix == ".safetensors":
+                self._file: Any = safe_open(path, framework="pt")
+                self.keys: Collection[str] = set(self._file.keys())
+                self.metadata: Mapping[str, str] = self._file.metadata() or {}
+                return
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except SafetensorError as error:
+            raise WeightsError(f"{path} is not a readable .safetensors file: {error}.") from None
+        except Exception:  # whatever a broken pickle raises
+            raise WeightsError(
+                f"{path} holds more than weights, or is damaged, and is not opened: convert it to .safetensors, by what you trust."
+            ) from None
+        inner = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+        self._tensors = {key: tensor for key, tensor in inner.items() if isinstance(tensor, Tensor)}
+        self.keys, self.metadata = self._tensors.keys(), {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor: Tensor = self._tensors[key] if self._tensors is not None else self._file.get_tensor(key)
+        return tensor
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): self[key] for key in self.keys if key.startswith(prefix)}
+
+
+def _from_file(path: Path, dtype: torch.dtype, has_vae: bool, prediction_type: str | None) -> Components:
+    weights = Weights(path)
+    family, places = places_of(path, weights.keys)
+    config = UNet2DConditionModel.load_config(CONFIGS / family / "unet")
+    conv_in = places.get("unet.conv_in.weight")
+    _refuse_special(path, config["in_channels"] if conv_in is None else weights[conv_in.key].shape[1])
+    predicts, notes = predicted(weights, family, prediction_type)
+    if family == "sd2" and predicts == "v_prediction":
+        config["sample_size"] = 96  # its usual size is 768 px
+    ztsnr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in weights.keys else {}  # Lin et al. 2023, 3.3
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    unet.load_state_dict(_of_part(weights, places, "unet", unet, dtype), assign=True)
+    return Components(
+        family=family,
+        unet=unet,
+        vae=_vae_of(weights, family, VAE_PREFIX) if has_vae else None,
+        text_encoders=tuple(_text_encoder(weights, places, family, part, dtype) for part in PARTS[family]),
+        tokenizers=tuple(clip_tokenizer(PADDING.get((family, part))) for part in PARTS[family]),
+        scheduler=DDPMScheduler.from_config(DDPMScheduler.load_config(CONFIGS / family / "scheduler"), prediction_type=predicts, **ztsnr),
+        notes=notes,
+    )
+
+
+def predicted(weights: Weights, family: str, asked: str | None) -> tuple[str, tuple[str, ...]]:
+    """What a single file's model predicts, and what of that is assumed: checkpoints in the original layout do not have to say it."""
+    if asked is not None:
+        return asked, ()
+    if "v_pred" in weights.keys or weights.metadata.get("modelspec.prediction_type") == "v":
+        return "v_prediction", ()
+    if family == "sd2" and weights.metadata.get("modelspec.prediction_type") != "epsilon":
+        note = f"{weights.path.name} does not say what it predicts: v is assumed, as of SD 2.x for 768 px; for those for 512 px set"
+        return "v_prediction", (f"{note} model.prediction_type = 'epsilon'.",)
+    return "epsilon", ()
+
+
+def _of_part(weights: Weights, places: Mapping[str, Place], part: str, module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A module's whole state from a single file. Raises WeightsError where one lacks or has what the other does not."""
+    wanted = {readable_name(part, name): name for name in module.state_dict()}
+    held = {name for name in places if name.startswith(f"{part}.")} - IGNORED
+    odd = sorted(wanted.keys() ^ held)
+    if odd:
+        lacks = "lacks" if odd[0] in wanted else "has, and the architecture has not,"
+        raise WeightsError(f"model.base: {weights.path} is damaged or of another architecture: it {lacks} {odd[0]}.")
+    state = {}
+    for name, own in wanted.items():
+        tensor = places[name].of(weights[places[name].key])
+        if tensor.shape != module.state_dict()[own].shape:
+            raise WeightsError(f"model.base: {weights.path} is of another architecture: {name} has another shape, {tuple(tensor.shape)}.")
+        # contiguous, since thirds and transposed ones are views of what the file holds
+        state[own] = tensor.to(dtype).contiguous()
+    return state
+
+
+# What files hold of text encoders and no model asks for: where positions are numbered, and OpenCLIP's temperature
+IGNORED = {f"{part}.text_model.embeddings.position_ids" for part in TEXT_ENCODERS}
+
+
+def _text_encoder(weights: Weights, places: Mapping[str, Place], family: str, part: str, dtype: torch.dtype) -> Any:
+    config = CLIPTextConfig.from_pretrained(CONFIGS / family / part)
+    # SD 2.x hears OpenCLIP's last layer but one, and its config counts 23 of the 24 that the file has
+    last = re.compile(rf"{part}\.text_model\.encoder\.layers\.(\d+)\.")
+    heard = {n: place for n, place in places.items() if not ((m := last.match(n)) and int(m[1]) >= config.num_hidden_layers)}
+    kind = TEXT_ENCODERS[part]
+    if kind is CLIPTextModel:
+        heard.pop(f"{part}.text_projection.weight", None)  # in OpenCLIP's files, and asked for by none but SDXL's second
+    with torch.device("meta"):
+        shapes = kind(config)
+    return kind.from_pretrained(None, config=config, state_dict=_of_part(weights, heard, part, shapes, dtype), dtype=dtype)
+
+
+# ---------------------------------------------------------------- VAEs
+
+
+def load_vae(path: Path, family: str) -> Any:
+    """A VAE alone: a folder of diffusers', or a file whose keys may begin as in a whole checkpoint. Raises WeightsError."""
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        try:
+            return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise WeightsError(f"model.vae: cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+    if not path.is_file():
+        raise WeightsError(f"model.vae: there is no {path}.")
+    weights = Weights(path)
+    is_whole = any(key.startswith(VAE_PREFIX) for key in weights.keys)
+    return _vae_of(weights, family, VAE_PREFIX if is_whole else "")
+
+
+def _vae_of(weights: Weights, family: str, prefix: str) -> Any:
+    """In fp32."""
+    config = AutoencoderKL.load_config(CONFIGS / family / "vae")
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config)
+    state = weights.below(prefix)
+    if not state:
+        raise WeightsError(f"model.base: {weights.path} has no VAE in it: give one with model.vae, a file or a folder.")
+    wanted = vae.state_dict()
+    found = state if wanted.keys() <= state.keys() else convert_ldm_vae_checkpoint(state, config)
+    odd = sorted(name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape)
+    if odd:
+        raise WeightsError(f"{weights.path} has no VAE of this family in it: {odd[0]} is missing or has another shape.")
+    vae.load_state_dict({name: found[name].float().contiguous() for name in wanted}, assign=True)
+    return vae

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdlora.cli import main
-from sdlora.lora import lorafile
+from sdlora.lora import formats
 from sdlora.lora.change import Change, Factors
 from sdlora.lora.checkpoints import open_checkpoint
-from sdlora.lora.names import WEBUI, spellings
-from sdlora.tensorfile import read_header
+from sdlora.lora.names import spellings
+from sdlora.tensors import read_header
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
+VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 
 @pytest.fixture
@@ -40,12 +41,23 @@ def save_lora(path: str, family: str, base: str, seed: int, rank: int = 2, stem:
         shape = checkpoint.shape(f"{module}.weight")
         if len(shape) > 1 and "embeddings." not in module:
             down, up = torch.randn(rank, *shape[1:], generator=generator), torch.randn(shape[0], rank, generator=generator)
-            changes[(stem or WEBUI[family])(module)] = Change(Factors(down, up.view(*up.shape, *[1] * (len(shape) - 2)), 3.0))
-    lorafile.write(Path(path), changes.items(), 3.0, lambda rank: {"ss_base_model_version": family, "ss_clip_skip": "2", "own": str(seed)})
+            changes[module] = Change(Factors(down, up.view(*up.shape, *[1] * (len(shape) - 2)), 3.0))
+    metadata = {"ss_base_model_version": VERSIONS[family], "ss_clip_skip": "2", "own": str(seed)}
+    if stem is None:
+        formats.save(Path(path), changes, 3.0, metadata, family=family)
+    else:
+        tensors = {}
+        for module, change in changes.items():
+            factors = change.factors
+            assert factors is not None
+            tensors |= {f"{stem(module)}.lora_down.weight": factors.down, f"{stem(module)}.lora_up.weight": factors.up}
+            tensors[f"{stem(module)}.alpha"] = torch.tensor(factors.alpha)
+        save_file(tensors, path, metadata)
 
 
-def lycoris_stem(family: str, name: str) -> str:
-    return next(stem for stem in spellings(name, family) if stem.startswith("lycoris_"))
+def other_stem(family: str, name: str) -> str:
+    """As no WebUI spells it."""
+    return spellings(name, family)[-1]
 
 
 def weights(path: str) -> dict[str, Tensor]:
@@ -54,14 +66,15 @@ def weights(path: str) -> dict[str, Tensor]:
 
 
 def near(one: str, other: str, tolerance: float = 1e-5) -> bool:
-    return all(torch.allclose(tensor, weights(other)[name], rtol=0, atol=tolerance) for name, tensor in weights(one).items())
+    first, second = weights(one), weights(other)
+    return all(torch.allclose(first[name], second[name], rtol=0, atol=tolerance) for name in first)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_file_of_two_is_both(family: str, run: Callable[..., list[str]]) -> None:
     build_original(Path("base.safetensors"), family)
     save_lora("a.safetensors", family, "base.safetensors", 1)
-    save_lora("b.safetensors", family, "base.safetensors", 2, rank=3, stem=partial(lycoris_stem, family))
+    save_lora("b.safetensors", family, "base.safetensors", 2, rank=3, stem=partial(other_stem, family))
     loras = ["--lora", "a.safetensors:0.5,mid=0", "--lora", "b.safetensors:-1"]
     told = run("merge", "--base", "base.safetensors", *loras, "--out", "both.safetensors")
     assert any("LoRA: a.safetensors, " in line and " at 0.5, " in line and line.endswith(" at 0") for line in told)
@@ -74,7 +87,7 @@ def test_one_file_of_two_is_both(family: str, run: Callable[..., list[str]]) -> 
     assert near("both.safetensors", "through.safetensors") and not near("both.safetensors", "base.safetensors", 0.1)
     tensors, metadata = load_file("joined.safetensors"), read_header(Path("joined.safetensors")).metadata
     assert len({float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha")}) == 1
-    assert all(key.startswith("lora_") for key in tensors)  # as the first file calls them
+    assert tensors.keys() == load_file("a.safetensors").keys()  # by the family's own names
     assert metadata["ss_network_dim"] == "5" and metadata["ss_clip_skip"] == "2" and "own" not in metadata
     assert [of["lora"] for of in json.loads(metadata["sdlora_joined"])["loras"]] == ["a.safetensors", "b.safetensors"]
 
@@ -87,13 +100,14 @@ def test_what_was_folded_in_can_be_taken_out(family: str, run: Callable[..., lis
     arguments = ["--base", "base.safetensors", "--tuned", "tuned.safetensors", "--layers", "everything", "--out", "out.safetensors"]
     told = run("extract", *arguments, "--rank", 2)
     assert any(line.startswith("Left out: 0.000%") for line in told), told[-5:]
-    before, after = lorafile.read(Path("a.safetensors"), folded=True), lorafile.read(Path("out.safetensors"), folded=True)
-    assert after.stems == before.stems
-    for name, change in before.changes.items():
-        assert change.factors is not None and after.changes[name].factors is not None
-        torch.testing.assert_close(after.changes[name].factors.delta(), change.factors.delta(), rtol=0, atol=1e-4)  # type: ignore
-    version = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}[family]
-    assert after.metadata["ss_base_model_version"] == version and after.metadata["ss_network_dim"] == "2"
+    before, after = (formats.load(Path(name))[0] for name in ("a.safetensors", "out.safetensors"))
+    assert after.keys() == before.keys()
+    for stem, change in before.items():
+        assert change.factors is not None and after[stem].factors is not None
+        torch.testing.assert_close(after[stem].factors.delta(), change.factors.delta(), rtol=0, atol=1e-4)  # type: ignore
+    metadata = read_header(Path("out.safetensors")).metadata
+    assert metadata["ss_base_model_version"] == VERSIONS[family] and metadata["ss_network_dim"] == "2"
+    assert ("modelspec.architecture" in metadata) == (family != "sd2")  # of which it is not known what it predicts
     part = run("extract", *arguments[:4], "--layers", "mid", "--max-error", 0.5, "--out", "mid.safetensors")
     assert "Not in these layers: 0 that hardly differ" in part[-2] and "of the whole difference" in part[-2]
 
@@ -132,8 +146,9 @@ def test_thinning_needs_a_limit_and_follows_its_seed(run: Callable[..., list[str
 
 def test_what_cannot_be_is_one_line(run: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     build_original(Path("base.safetensors"), "sd1")
+    build_original(Path("xl.safetensors"), "sdxl")
     save_lora("a.safetensors", "sd1", "base.safetensors", 1)
-    save_lora("b.safetensors", "sdxl", "base.safetensors", 1, stem=WEBUI["sd1"])
+    save_lora("b.safetensors", "sdxl", "xl.safetensors", 1)
     down, up = torch.ones(1, 8), torch.ones(8, 1)
     stem = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     dora = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.dora_scale": torch.ones(1, 8)}
@@ -149,7 +164,7 @@ def test_what_cannot_be_is_one_line(run: Callable[..., list[str]], capsys: pytes
         (["merge", *base, "--lora", "nowhere.safetensors", *out], "no file nowhere.safetensors"),
         (["merge", "--lora", "a.safetensors", "--lora", "b.safetensors", *out], "cannot become one file"),
         (["merge", "--lora", "dora.safetensors", *out], "is a DoRA"),
-        (["merge", "--lora", "foreign.safetensors", *out], "is not a LoRA of Stable Diffusion"),
+        (["merge", "--lora", "foreign.safetensors", *out], "is not a LoRA that is understood"),
         (["extract", *base, "--tuned", "base.safetensors", *out], "Say how much of the difference"),
         (["extract", *base, "--tuned", "base.safetensors", "--rank", "2", *out], "there is nothing to extract"),
         (["resize", "a.safetensors", *out], "Say how much to keep"),

@@ -4,19 +4,16 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
-from sdlora.commands.pictures import as_trained, split_strength
+from sdlora.cli import main
+from sdlora.commands.pictures import as_trained
 from sdlora.lora import formats
 from sdlora.lora.change import Change, Factors
 
 Told = subprocess.CompletedProcess[str]
-
-
-def test_strength_behind_a_path() -> None:
-    assert split_strength("a.safetensors:0.5") == (Path("a.safetensors"), 0.5)
-    assert split_strength("C:\\a.safetensors") == (Path("C:\\a.safetensors"), 1.0)
 
 
 def test_a_lora_says_how_it_was_trained() -> None:
@@ -25,22 +22,41 @@ def test_a_lora_says_how_it_was_trained() -> None:
     assert as_trained({"ss_clip_skip": "2", "ss_base_model_version": "sdxl_base_v1-0"}) == (1, 75)
 
 
-def test_generate(place: Path, tmp_path: Path, sdlora: Callable[..., Told]) -> None:
-    lora = tmp_path / "whole.safetensors"
-    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
-    formats.save(lora, {layer: Change(Factors(torch.ones(1, 16), torch.ones(16, 1), 1.0))}, 1.0, {"ss_clip_skip": "2"})
-    out = tmp_path / "out"
-    told = sdlora("generate", "a cat --s 2", "--base", place / "tiny", "--lora", f"{lora}:0.5", "--out", out)
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    layer = "text_encoder.text_model.encoder.layers.0.mlp.fc2"
+    factors = Factors(torch.randn(1, 32, generator=generator), torch.randn(16, 1, generator=generator), 1.0)
+    formats.save(tmp_path / "whole.safetensors", {layer: Change(factors)}, 1.0, {"ss_clip_skip": "2"})
+    return tmp_path / "whole.safetensors"
+
+
+def test_generate_as_a_process(place: Path, tmp_path: Path, lora: Path, sdlora: Callable[..., Told]) -> None:
+    told = sdlora("generate", "a cat --s 2", "--base", place / "tiny", "--lora", f"{lora}:0.5", "--out", tmp_path / "out")
     assert told.returncode == 0, told.stderr
-    with Image.open(out / "00000.png") as picture:
+    with Image.open(tmp_path / "out" / "00000.png") as picture:
         assert "<lora:whole:0.5>" in picture.text["parameters"]  # type: ignore
-        said = picture.tobytes()
-    assert told.stdout.startswith("Clip skip 2, prompts of 75 tokens\n")
-    asked = sdlora("generate", "a cat --s 2", "--base", place / "tiny", "--lora", f"{lora}:0.5", "--out", out, "--clip-skip", 1)
-    assert asked.returncode == 0, asked.stderr
-    with Image.open(out / "00001.png") as picture:
-        assert picture.tobytes() != said
-    longer = sdlora("generate", "a " * 40 + "--s 2", "--base", place / "tiny", "--max-tokens", 150, "--out", out, "--lora", lora)
-    assert longer.returncode == 0 and longer.stdout.startswith("Clip skip 2, prompts of 150 tokens\n")
-    assert sdlora("generate", "--base", place / "tiny").returncode == 2
-    assert sdlora("generate", "a", "--base", place / "tiny", "--lora", "nowhere.safetensors").returncode == 2
+
+
+def test_generate(place: Path, tmp_path: Path, lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = 0
+
+    def draw(*arguments: object, prompt: str = "a cat") -> tuple[bytes, str]:
+        nonlocal drawn
+        base, out = ["--base", str(place / "tiny")], ["--out", str(tmp_path / "out")]
+        assert main(["generate", f"{prompt} --s 2", *base, *out, *map(str, arguments)]) == 0
+        with Image.open(tmp_path / "out" / f"{drawn:05d}.png") as picture:
+            drawn += 1
+            return picture.tobytes(), capsys.readouterr().out
+
+    half, told = draw("--lora", f"{lora}:0.5")
+    assert told.startswith("Clip skip 2, prompts of 75 tokens\n")
+    assert draw("--lora", f"{lora}:0.5", "--clip-skip", 1)[0] != half
+    assert draw("--lora", f"{lora}:9,te.0=0.5")[0] == half
+    without, _ = draw("--clip-skip", 2)
+    assert draw("--lora", f"{lora}:0.5,te=0")[0] == without != half
+    words = "a b c d e f g h i j k l m n o p q r s t u v w x y z"
+    long, told = draw("--max-tokens", 150, prompt=words)
+    assert told.startswith("Clip skip 1, prompts of 150 tokens\n") and draw(prompt=words)[0] != long
+    assert main(["generate", "--base", str(place / "tiny")]) == 2
+    assert main(["generate", "a", "--base", str(place / "tiny"), "--lora", "nowhere.safetensors"]) == 2

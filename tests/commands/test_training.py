@@ -23,7 +23,7 @@ Told = subprocess.CompletedProcess[str]
         (["--stepz", "3"], "--stepz is not an option. Did you mean --steps?"),
         (["--steps"], "--steps needs a value"),
         (["--data.folder", "nowhere"], "there is no folder nowhere"),
-        (["--base", "nowhere"], "there is no folder nowhere"),
+        (["--base", "nowhere"], "there is no nowhere; give a model folder"),
         (["nowhere.toml"], "No config file"),
     ],
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sdlora.lora.change import Change, Factors, Triplets, input_norms, triplets_of_matrix, truncate
+from sdlora.lora.change import Change, Factors, Triplets, channel_norms, input_norms, triplets_of_matrix, truncate
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -73,6 +73,13 @@ def test_a_lora_is_truncated_as_its_product_would_be(shape: tuple[int, ...]) -> 
     exact, nothing = truncate(Change(factors), torch.zeros(shape), 5)
     torch.testing.assert_close(exact.delta(), factors.delta(), atol=1e-4, rtol=1e-4)
     assert nothing < 1e-6
+
+
+def test_doras_size_of_outputs_by_hand() -> None:
+    base = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    change = Change(Factors(torch.zeros(1, 2), torch.ones(2, 1), 1.0), dora_scale=torch.tensor([[10.0], [1.0]]))
+    torch.testing.assert_close(change.delta(base), torch.tensor([[3.0, 4.0], [0.0, -1.0]]))
+    assert channel_norms(torch.ones(3, 2, 2, 2), (3, 1, 1, 1)).flatten().tolist() == pytest.approx([8**0.5] * 3)
 
 
 @pytest.mark.parametrize("shape", [(12, 8), (8, 12), (9, 4, 3, 3)])

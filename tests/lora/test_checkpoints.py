@@ -67,7 +67,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"no \.safetensors file"):
         open_checkpoint(tmp_path / "a.ckpt")
     save_file({"model.diffusion_model.out.2.weight": torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(WeightsError, match="not a checkpoint of SD 1"):
+    with pytest.raises(WeightsError, match="lacks a text encoder of SD 1"):
         open_checkpoint(tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match="not a folder of SD 1"):
         open_checkpoint(tmp_path)

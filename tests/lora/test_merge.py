@@ -17,7 +17,7 @@ from sdlora.lora.change import Change, Factors
 from sdlora.lora.checkpoints import Checkpoint, open_checkpoint
 from sdlora.lora.merge import MERGED, Source, changed_parameters, merge
 from sdlora.lora.targets import selects
-from sdlora.tensorfile import read_header
+from sdlora.tensors import read_header
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
 

@@ -259,7 +259,7 @@ def signals(place: Place, count: int, seed: int = 1) -> Figures:
 def train_until_asked(folder: Path, pipe: int) -> None:
     of = run.open_run(folder)
     sys.stderr = io.StringIO()  # "Stopping after this step"
-    with stop_on_signals(of):
+    with stop_on_signals(of, at_once=True):
         os.write(pipe, b"x")
         os.close(pipe)
         torch.set_num_threads(1)
@@ -513,7 +513,7 @@ def resumes(place: Place, variants: dict[str, dict[str, Any]], steps: int = 6) -
 
 def long_run(place: Place, steps: int) -> Figures:
     """Memory and open files of one run, over its second half."""
-    folder = place.make(steps=steps, checkpoint_every=500, **{"lora.text_encoder": "[]", "lora.unet": '["mid"]'})
+    folder = place.make(steps=steps, checkpoint_every=500, **{"lora.text_encoder": "[]", "lora.unet": '["projection"]'})
     reading, writing = os.pipe()
 
     def work() -> None:

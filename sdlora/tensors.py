@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,14 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdlora.errors import WeightsError
-from sdlora.files import draft_of
+from sdlora.files import durable
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,6 +41,9 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 2**20  # bytes that are copied at once
+LARGEST_HEADER = 4 * 2**20  # bytes; a checkpoint of SDXL has 0.3 MB, and what trainers say of their captions rarely fills one
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how torch.save's files begin, and bare pickles
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Entry(NamedTuple):
@@ -59,25 +63,89 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Raises WeightsError for what is not a whole safetensors file."""
-    try:
-        with safe_open(path, framework="pt"):  # checks that the tensors fill the file
-            pass
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            found = json.loads(file.read(size))
-    except FileNotFoundError:
-        raise WeightsError(f"There is no file {path}.") from None
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a readable .safetensors file: {error}.") from None
+    """Raises WeightsError for what is not a whole safetensors file, or not a sound one."""
+    with reading(path):
+        _, found, length = _sound(path)
     metadata = found.pop("__metadata__", None) or {}
     entries = {name: Entry(held["dtype"], tuple(held["shape"]), *held["data_offsets"]) for name, held in found.items()}
-    return Header(dict(sorted(entries.items(), key=lambda item: item[1].start)), metadata, 8 + size)
+    return Header(dict(sorted(entries.items(), key=lambda item: item[1].start)), metadata, 8 + length)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors, of finite numbers, and the metadata. Raises WeightsError."""
+    with reading(path), opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        return {key: finite(path, key, file.get_tensor(key)) for key in file.keys()}, metadata  # noqa: SIM118 - not a dict
+
+
+def finite(path: Path, key: str, tensor: Tensor) -> Tensor:
+    """The tensor that `path` has under `key`. Raises WeightsError for what cannot be a weight."""
+    if tensor.dtype not in NAMES:
+        raise WeightsError(f"{path}: {key} is of {tensor.dtype}, which is not a kind of number that weights have.")
+    if not tensor.float().isfinite().all():
+        raise WeightsError(f"{path}: {key} holds numbers that are not finite; the run that wrote it had failed.")
+    return tensor
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises WeightsError for what is wrong with the file."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise WeightsError(f"There is no file {path}.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path} is not a readable .safetensors file: {error}.") from None
+
+
+def opened(path: Path) -> Any:
+    """safetensors' `safe_open` of a file whose header is sound. Raises OSError, or ValueError with the reason."""
+    return _sound(path)[0]
+
+
+def _sound(path: Path) -> tuple[Any, dict[str, Any], int]:
+    """The file as the library opens it, its header, and how many bytes that has.
+
+    The library itself refuses offsets and shapes that do not fit the file. It does take a name that stands twice, of which two programs
+    may then show two different tensors, names that steer a terminal, and headers of 100 MB, which fill a GB when they are parsed.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")  # a pipe would never end
+    with path.open("rb") as file:
+        start = file.read(8)
+        length, size = int.from_bytes(start, "little"), path.stat().st_size
+        if start.startswith(PICKLES) and length > min(size, LARGEST_HEADER):  # a header of 1152 bytes begins alike
+            raise ValueError("it is a pickle, which runs what is in it when it is read; get it as .safetensors")
+        if not 0 < length <= size - 8:
+            raise ValueError("it does not begin with the length of a header")
+        if length > LARGEST_HEADER:
+            raise ValueError(f"its header of {length:,} bytes is larger than any model's")
+        text = file.read(length)
+    try:
+        found = safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(str(error)[:300]) from None
+    header = json.loads(text, object_pairs_hook=_once)  # which the library has found to be tensors and metadata, and nothing else
+    for name in header:
+        if CONTROL.search(name):
+            raise ValueError(f"a name has control characters in it: {name[:200]!r}")
+    return found, header, length
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"{name[:200]!r} stands twice in its header")
+        table[name] = value
+    return table
 
 
 def read_tensor(file: BufferedReader, header: Header, name: str) -> Tensor:
     """From a file that is open; memory of its own."""
     entry = header.entries[name]
+    if entry.dtype not in DTYPES:
+        raise WeightsError(f"{file.name}: {name} is of {entry.dtype}, which is not a kind of number that weights have.")
     file.seek(header.length + entry.start)
     data = bytearray(entry.stop - entry.start)
     file.readinto(data)
@@ -91,7 +159,7 @@ def rewrite(
     """Copy `source` to `target` with this metadata and with what `change` makes of the tensors `names`, of the same shape and dtype; all
     other tensors are copied byte for byte, and all keep their order. Raises OSError, and leaves nothing behind then."""
     header = read_header(source)
-    with source.open("rb") as file, draft_of(target) as out:
+    with source.open("rb") as file, durable(target) as out:
         out.write(header_bytes(header.entries, metadata))
         for name, entry in header.entries.items():
             if name not in names:
@@ -131,7 +199,7 @@ def body_of(path: Path) -> Iterator[Body]:
         body = Body(file)
         yield body
         file.seek(0)
-        with draft_of(path) as out:
+        with durable(path) as out:
             out.write(header_bytes(body.entries, body.metadata))
             shutil.copyfileobj(file, out, PIECE)
 

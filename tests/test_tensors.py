@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdlora.errors import WeightsError
-from sdlora.tensorfile import NAMES, body_of, read_header, read_tensor, rewrite
+from sdlora.tensors import NAMES, body_of, read_header, read_tensor, rewrite
 
 
 def some() -> dict[str, Tensor]:
