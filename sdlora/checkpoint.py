@@ -1,16 +1,14 @@
 """Training state on disk: a folder a checkpoint, written so that a kill at any moment leaves a whole one behind.
 
-Every file is flushed to disk, the manifest with their hashes last; then the folder gets its name, and only then old ones go.
+Every file is flushed to disk, the manifest with their hashes last; then the folder gets its name, and only then old ones go, as long as
+two whole ones stay.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,63 +18,98 @@ from safetensors.torch import load as deserialise
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from sdlora.files import sync_folder, write_durably
+from sdlora.errors import TrainingError
+from sdlora.files import check_room, durable_folder, remove_folder, write_synced
 
-log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8})$")
+LEAST = 2  # whole checkpoints that pruning leaves
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     step: int  # steps taken
     tensors: dict[str, dict[str, Tensor]]  # file -> name -> tensor
-    state: dict[str, Any]
+    state: dict[str, Any]  # what JSON can hold
+    damaged: tuple[str, ...] = ()  # newer ones that were passed over, each with what is wrong
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder`/step-00000123, then delete all but the newest `keep`."""
+    """Write `folder`/step-00000123, then delete all but the newest `keep`. Raises OSError, as of a full disk before anything is written
+    where it would not fit; what was there is whole then, and nothing half-written stays."""
     final = folder / f"step-{checkpoint.step:08d}"
-    temporary = folder / f".tmp-{final.name}"
-    for leftover in (temporary, final):  # of a killed save; or a step that is taken again after a fall-back
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
     files = {
         f"{name}.safetensors": serialise({k: t.detach().cpu().contiguous() for k, t in ts.items()})
         for name, ts in checkpoint.tensors.items()
     }
     files["state.json"] = json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=2).encode()
     manifest = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    for name, data in {**files, MANIFEST: json.dumps(manifest, indent=2).encode()}.items():
-        write_durably(temporary / name, data)
-    os.replace(temporary, final)
-    sync_folder(folder)
-    for old in _complete(folder)[keep:]:
-        shutil.rmtree(old)
+    files[MANIFEST] = json.dumps(manifest, indent=2).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    check_room(folder, sum(map(len, files.values())))
+    with durable_folder(final) as draft:
+        for name, data in files.items():
+            write_synced(draft / name, data)
+        if final.exists():  # of a step that is taken again after a fall-back
+            remove_folder(final)
+    _prune(folder, keep)
     return final
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint whose hashes match; damaged ones are named in the log."""
-    for path in _complete(folder):
+    """The newest checkpoint whose hashes match; None where there is none at all. Raises TrainingError where all are damaged."""
+    damaged: list[str] = []
+    for path in _named(folder):
         try:
-            return _load(path)
+            return _load(path, tuple(damaged))
         except (OSError, ValueError) as error:
-            log.warning("checkpoint %s is damaged (%s); falling back to the one before", path.name, error)
+            damaged.append(f"{path.name} ({error})")
+    if damaged:
+        raise TrainingError(f"All checkpoints in {folder} are damaged: {', '.join(damaged)}; delete that folder to begin anew.")
     return None
 
 
-def _load(path: Path) -> Checkpoint:
+def newest_whole(folder: Path) -> Path | None:
+    return next(filter(_is_whole, _named(folder)), None)
+
+
+def _load(path: Path, damaged: tuple[str, ...]) -> Checkpoint:
+    """Raises OSError or ValueError for one that is not whole."""
+    files = _read(path)
+    state = json.loads(files.pop("state.json"))
+    tensors = {name.removesuffix(".safetensors"): deserialise(data) for name, data in files.items()}
+    return Checkpoint(state.pop("step"), tensors, state, damaged)
+
+
+def _read(path: Path) -> dict[str, bytes]:
+    """The files of a checkpoint but for its manifest. Raises OSError or ValueError where they are not what that says."""
     manifest: dict[str, str] = json.loads((path / MANIFEST).read_bytes())
     files = {name: (path / name).read_bytes() for name in manifest}
     for name, data in files.items():
         if hashlib.sha256(data).hexdigest() != manifest[name]:
             raise ValueError(f"{name} does not match its hash")
-    state = json.loads(files.pop("state.json"))
-    return Checkpoint(state.pop("step"), {name.removesuffix(".safetensors"): deserialise(data) for name, data in files.items()}, state)
+    return files
 
 
-def _complete(folder: Path) -> list[Path]:
+def _is_whole(path: Path) -> bool:
+    try:
+        _read(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Delete what is older than the newest `keep`, once LEAST whole ones stay."""
+    whole = 0
+    for number, path in enumerate(_named(folder)):
+        if number >= keep and whole >= LEAST:
+            remove_folder(path)
+        elif whole < LEAST:
+            whole += _is_whole(path)
+
+
+def _named(folder: Path) -> list[Path]:
     """Newest first."""
     return sorted((p for p in folder.glob("step-*") if NAME.match(p.name)), reverse=True)
 

@@ -457,6 +457,9 @@ class TrainOptions(Section):
     gradient_checkpointing: bool = Field(False, description="Compute activations twice to save memory.")
     checkpoint_every: Count = Field(250, description="Steps between checkpoints; 0 for the last one only.")
     keep_checkpoints: int = Field(2, ge=2, description="How many checkpoints stay on disk.")
+    max_bad_steps: Count = Field(
+        3, description="Steps in a row whose loss or gradient is not finite that are skipped before the run ends with an error."
+    )
 
 
 class PreviewOptions(Section):

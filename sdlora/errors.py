@@ -4,7 +4,7 @@ SdloraError
 +-- ConfigError     an option: unknown, out of bounds, contradictory
 +-- DataError       the pictures or captions
 +-- WeightsError    a model or LoRA file: missing, wrong kind, damaged
-+-- TrainingError   the run itself: no space, loss not finite, nothing to resume
++-- TrainingError   the run itself: in use, no space, loss not finite, nothing to resume
 """
 
 

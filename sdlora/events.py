@@ -1,4 +1,7 @@
-"""What a run tells: small typed events, recorded one JSON line each in events.jsonl, and followed from any process."""
+"""What a run tells: small typed events, recorded one JSON line each in events.jsonl, and followed from any process.
+
+A run that was killed takes the steps behind its last checkpoint again, so that its file tells of them twice: `steps_of` has each once.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from sdlora.files import FULL
 
 
 @dataclass(frozen=True)
@@ -119,12 +124,22 @@ LAST = (Stopped, Finished, Failed)
 
 
 def record(events: Iterable[Event], path: Path) -> Iterator[Event]:
-    """Pass events on, each appended to `path` first. An error is recorded as Failed, then raised on."""
-    with path.open("a", encoding="utf-8") as file:
+    """Pass events on, each appended to `path` first, or as soon as a full disk has room again. An error is recorded as Failed, then
+    raised on."""
+    with path.open("ab", buffering=0) as file:
+        file.truncate(whole_lines(path))
+        waiting = b""
 
         def write(event: Event) -> None:
-            file.write(json.dumps({"event": type(event).__name__, "time": round(time.time(), 3)} | asdict(event)) + "\n")
-            file.flush()
+            nonlocal waiting
+            line = json.dumps({"event": type(event).__name__, "time": round(time.time(), 3)} | asdict(event))
+            waiting += f"{line}\n".encode()
+            try:
+                while waiting:
+                    waiting = waiting[file.write(waiting) :]
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
 
         try:
             for event in events:
@@ -133,6 +148,11 @@ def record(events: Iterable[Event], path: Path) -> Iterator[Event]:
         except Exception as error:
             write(Failed(f"{type(error).__name__}: {error}"))
             raise
+
+
+def whole_lines(path: Path) -> int:
+    """Bytes up to the last line's end: behind them stands what a killed process left unfinished."""
+    return path.read_bytes().rfind(b"\n") + 1
 
 
 def parse(line: str) -> Event:
@@ -147,6 +167,19 @@ def read(path: Path) -> list[Event]:
     if not path.exists():
         return []
     return [parse(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def steps_of(events: Iterable[Event]) -> list[Stepped]:
+    """The steps that the run's weights come from, in order: of one that was taken again the last, and none that was lost."""
+    taken: list[Stepped] = []
+    for event in events:
+        if isinstance(event, Stepped | Resumed):
+            last = event.step if isinstance(event, Resumed) else event.step - 1
+            while taken and taken[-1].step > last:
+                taken.pop()
+        if isinstance(event, Stepped):
+            taken.append(event)
+    return taken
 
 
 def follow(path: Path, pid: int | None = None, poll_seconds: float = 0.5) -> Iterator[Event]:

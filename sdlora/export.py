@@ -24,14 +24,16 @@ from sdlora.run import Run
 
 
 def export(run: Run, family: Family, model: Model, items: Sequence[Item], layers: Mapping[str, Adapter], step: int) -> events.Exported:
-    """Write the run's LoRA file. Raises TrainingError rather than export a number that is not finite."""
+    """Write the run's LoRA file, or that of a run stopped after `step`. Raises TrainingError rather than export a number that is not
+    finite, and OSError."""
     config = run.config
+    path = run.export if step == config.train.steps else run.export_of(step)
     changes, lost, worst = as_asked(layers, config.output)
     ranks = [change.factors.down.shape[0] for change in changes.values() if change.factors is not None]
     about = metadata(run, family, model, items, layers, step, max(ranks, default=config.lora.rank))
     about = at_level(about, config.output.metadata)
-    formats.save(run.export, changes, config.lora.alpha, about, family=family.name, precision=config.output.save_precision)
-    return events.Exported(step, str(run.export), lost, worst)
+    formats.save(path, changes, config.lora.alpha, about, family=family.name, precision=config.output.save_precision)
+    return events.Exported(step, str(path), lost, worst)
 
 
 def as_asked(layers: Mapping[str, Adapter], options: OutputOptions) -> tuple[dict[str, Change], float, str]:

@@ -192,6 +192,11 @@ class Objective:
         weight, width = weight_and_width(self.schedule, timesteps, self.config.loss)
         return denoising_loss(self.family.predict(self.model, noisy, timesteps, embeds, time_ids), wanted, weight, width)
 
+    def shown(self, step: int) -> list[int]:
+        """Items of a step, over all its batches."""
+        parts = self.config.train.accumulation
+        return [index for part in range(parts) for index in self.plan.batch(step * parts + part)]
+
     def _first(self, step: int, part: int) -> int:
         """How many samples of the step come before this part's."""
         begin = step * self.config.train.accumulation

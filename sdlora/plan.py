@@ -17,6 +17,7 @@ from sdlora import events, optim
 from sdlora.adapt import adapt, load_model
 from sdlora.config import Config
 from sdlora.data.batches import BatchPlan
+from sdlora.files import write_durably
 from sdlora.items import Item
 from sdlora.lora.layers import Adapter, LoraLayer
 from sdlora.lora.matched import expected_rate
@@ -114,7 +115,7 @@ def write_pictures(path: Path, items: Sequence[Item]) -> None:
         }
         for item, count in Counter(items).items()
     ]
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    write_durably(path, ("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n").encode())
 
 
 def estimate_memory(config: Config, model: Model, trainable: int, bucket: tuple[int, int]) -> int:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from sdlora.errors import ConfigError
+from sdlora.files import durable
 from sdlora.models.device import on_device
 from sdlora.models.family import Family, Model, PicturePrompt
 from sdlora.models.sampling import generate
@@ -62,7 +63,8 @@ def save_picture(picture: Image.Image, path: Path, prompt: PicturePrompt, *, mod
     ]
     lines = [prompt.text + lora, *([f"Negative prompt: {prompt.negative}"] if prompt.negative else []), ", ".join(fields)]
     info.add_text("parameters", "\n".join(lines))
-    picture.save(path, pnginfo=info)
+    with durable(path) as file:
+        picture.save(file, "PNG", pnginfo=info)
 
 
 def draw(run: Run, family: Family, model: Model, prompts: Sequence[PicturePrompt], step: int) -> None:
@@ -86,7 +88,8 @@ def save_grid(run: Run, prompts: Sequence[PicturePrompt], rows: Sequence[tuple[s
                 row.append(picture.convert("RGB"))
         pictures.append((label, row))
     path = run.previews / name
-    grid(pictures, [prompt.text for prompt in prompts]).save(path)
+    with durable(path) as file:
+        grid(pictures, [prompt.text for prompt in prompts]).save(file, "PNG")
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,13 +11,14 @@ from pathlib import Path
 from sdlora import config as configs
 from sdlora.config import Config, Section
 from sdlora.errors import ConfigError, TrainingError
+from sdlora.files import sweep, try_lock, write_durably
 
 CACHE = "_cache"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, and `stop` when it is asked to stop."""
+    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, lock, and `stop` when it is asked to stop."""
 
     folder: Path
 
@@ -50,11 +53,31 @@ class Run:
 
     @property
     def export(self) -> Path:
+        """Of the finished run."""
         return self.folder / f"{self.config.output.name}.safetensors"
+
+    def export_of(self, step: int) -> Path:
+        """Of a run that was stopped: a file of its own, so that none of more steps is overwritten."""
+        return self.folder / f"{self.config.output.name}-step{step:08d}.safetensors"
 
     @property
     def stop_file(self) -> Path:
         return self.folder / "stop"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """To be held by the process that trains here. It is alone then, so what a killed one left half written goes. Raises
+        TrainingError where another holds it; the lock of a dead one is free."""
+        try:
+            file = (self.folder / "lock").open("ab")
+            ours = try_lock(file)
+        except OSError as error:
+            raise TrainingError(f"{self.folder} cannot be locked ({error.strerror}): move it to another disk.") from error
+        with file:
+            if not ours:
+                raise TrainingError(f"{self.folder} is being trained by another process: stop that one first, or wait for its end.")
+            sweep(self.folder)
+            yield
 
     def ask_to_stop(self) -> None:
         self.stop_file.touch()
@@ -73,15 +96,15 @@ def create(config: Config) -> Run:
         folder = config.output.runs / (config.output.name if number == 1 else f"{config.output.name}-{number}")
         try:
             folder.mkdir(parents=True)
+            run = Run(folder.resolve())
+            run.previews.mkdir()
+            run.checkpoints.mkdir()
+            write_durably(folder / "config.toml", configs.dump(config).encode())
+            return run
         except FileExistsError:
             continue
         except OSError as error:
             raise ConfigError(f"output.runs: cannot make {folder}: {error.strerror}.") from None
-        run = Run(folder.resolve())
-        run.previews.mkdir()
-        run.checkpoints.mkdir()
-        (folder / "config.toml").write_text(configs.dump(config), encoding="utf-8")
-        return run
     raise ConfigError(f"output.name: too many runs are called {config.output.name}; choose another name.")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdlora import checkpoint, events, preview
+from sdlora import events, preview
 from sdlora import optim as optimizers
 from sdlora.adapt import adapt, load_model, start_of, text_encoder_rate
 from sdlora.config import Config
@@ -33,15 +33,16 @@ from sdlora.plan import describe, write_pictures
 from sdlora.processes import ALONE, Processes
 from sdlora.prompts import BasePrompts
 from sdlora.run import Run
+from sdlora.saving import check_disk, circumstances, last_good, reservations, restore, save, when_there_is_room
 
 MATCH_EVERY = 10  # steps between two looks at matched rates, which move by a percent meanwhile; the first ten are all looked at
 MEASURE_EVERY = 25  # steps between two looks at alphas and pinned prompts
 
 
 def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
-    """Train, or go on from the newest checkpoint in the run folder. Raises SdloraError before the first step for what is wrong
-    with options, data or weights, and TrainingError when the loss is not finite. Of several processes, all of which must call it, the
-    first alone draws and writes; what the others tell is of no interest."""
+    """Train, or go on from the newest checkpoint in the run folder, whose lock the caller holds. Raises SdloraError before the first
+    step for what is wrong with options, data or weights, and TrainingError where the numbers do not stay finite or nothing can be
+    written. Of several processes, all of which must call it, the first alone draws and writes; what the others tell is of no interest."""
     config = run.config
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -93,6 +94,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     )
     average = Average(optimizer.parameters if options.ema else [], options.ema)  # of nothing where it is not asked for
     if processes.is_first:
+        check_disk(run, layers, average)
         write_pictures(run.plan, items)
     yield describe(config, model, items, plan, layers)
     found = check(
@@ -112,14 +114,32 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     if not trains_text(layers) and all(fixed_caption(item.example.caption, item.rules) is not None for item in items):
         set_aside(model, *model.text_encoders)
 
+    def draw(rows: Sequence[tuple[str, int]], name: str) -> events.Event:
+        """Pictures of the last row's step, and a grid of all rows. A run goes on without those that cannot be written."""
+        _, step = rows[-1]
+        try:
+            with as_exported(layers.values(), optimizer, average) if step else disabled(layers.values()):
+                preview.draw(run, family, model, prompts, step)
+            return events.Previewed(step, str(preview.save_grid(run, prompts, rows, name)))
+        except OSError as error:
+            return events.Warned(f"There is no preview of step {step}: {error}.")
+
+    def exported() -> events.Event:
+        with as_exported(layers.values(), optimizer, average):
+            return export(run, family, model, items, layers, step)
+
+    def saved() -> events.Event:
+        return save(run, layers, optimizer, average, step, {"bad_steps": bad_steps, "circumstances": here})
+
     objective = Objective(config, family, model, items, plan, latents, of_base, layers, processes)
-    step = restore(run, layers, optimizer, average)
-    if step:
+    here, newest = circumstances(config, model, processes), restore(run, layers, optimizer, average)
+    step, bad_steps = (newest.step, newest.state["bad_steps"]) if newest else (0, 0)
+    on_disk = step
+    if newest:
+        yield from reservations(newest, here)
         yield events.Resumed(step)
     elif prompts:
-        with disabled(layers.values()):
-            preview.draw(run, family, model, prompts, 0)
-        yield events.Previewed(0, str(preview.save_grid(run, prompts, [("base model", 0)], "step-00000000.png")))
+        yield draw([("base model", 0)], "step-00000000.png")
 
     while step < config.train.steps and not processes.any(run.asked_to_stop()):
         began = time.perf_counter()
@@ -131,55 +151,55 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
             losses.append(loss)
         processes.average(optimizer.parameters)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, options.max_grad_norm)
-        if not norm.isfinite():
-            raise TrainingError(
-                f"The loss or its gradient is not finite at step {step + 1}: lower optimizer.rate; checkpoints before it are whole."
-            )
-        since = step % config.lora.merge_every if config.lora.merge_every else step
-        if options.matched and (since < MATCH_EVERY or since % MATCH_EVERY == 0):
-            match_rates(optimizer, layers, adapted.rates, options.up_ratio)
-        optimizer.set_rates(share_of_peak(config, step), resting="text_encoder" if text_rests else None)
-        optimizer.step()
+        finite = not processes.any(not all(value.isfinite() for value in (norm, *(loss.total for loss in losses))))
+        bad_steps = 0 if finite else bad_steps + 1
+        if finite:
+            since = step % config.lora.merge_every if config.lora.merge_every else step
+            if options.matched and (since < MATCH_EVERY or since % MATCH_EVERY == 0):
+                match_rates(optimizer, layers, adapted.rates, options.up_ratio)
+            optimizer.set_rates(share_of_peak(config, step), resting="text_encoder" if text_rests else None)
+            optimizer.step()
+            hold(layers.values(), config)
+            check_weights(run, optimizer, step + 1)
+        else:
+            yield skip(run, step + 1, bad_steps, [items[index].example.path for index in objective.shown(step)])
         optimizer.zero_grad()
-        hold(layers.values(), config)
         step += 1
         average.update(step)
         if config.lora.merge_every and step % config.lora.merge_every == 0 and step < config.train.steps:
             fold(layers, config, step // config.lora.merge_every)
             optimizer.reset()
-        denoising, drift = processes.mean([mean(loss.denoising for loss in losses), mean(loss.drift for loss in losses)])
-        yield events.Stepped(
-            step,
-            config.train.steps,
-            denoising,
-            optimizer.groups[0]["lr"],
-            drift,
-            processes.most(max(loss.worst_drift for loss in losses)),
-            time.perf_counter() - began,
-        )
+        if finite:
+            denoising, drift = processes.mean([mean(loss.denoising for loss in losses), mean(loss.drift for loss in losses)])
+            yield events.Stepped(
+                step,
+                config.train.steps,
+                denoising,
+                optimizer.groups[0]["lr"],
+                drift,
+                processes.most(max(loss.worst_drift for loss in losses)),
+                time.perf_counter() - began,
+            )
         if step % MEASURE_EVERY == 0 or step == config.train.steps:
             yield events.Measured(step, alpha_quantiles(layers), objective.pinned_drift())
 
         if processes.is_first and config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step < config.train.steps:
-            yield save(run, layers, optimizer, average, step)
+            yield from when_there_is_room(run, step, saved)
+            on_disk = step
         if prompts and config.preview.every and step % config.preview.every == 0 and step < config.train.steps:
-            with as_exported(layers.values(), optimizer, average):
-                preview.draw(run, family, model, prompts, step)
-            yield events.Previewed(step, str(preview.save_grid(run, prompts, [("LoRA", step)], f"step-{step:08d}.png")))
+            yield draw([("LoRA", step)], f"step-{step:08d}.png")
 
     if not processes.is_first:
         return
-    yield save(run, layers, optimizer, average, step)
-    with as_exported(layers.values(), optimizer, average):
-        exported = export(run, family, model, items, layers, step)
-    yield exported
+    if step > on_disk:
+        yield from when_there_is_room(run, step, saved)
+    if step:
+        yield from when_there_is_room(run, step, exported)
     if step < config.train.steps:
         yield events.Stopped(step)
         return
     if prompts:
-        with as_exported(layers.values(), optimizer, average):
-            preview.draw(run, family, model, prompts, step)
-        yield events.Previewed(step, str(preview.save_grid(run, prompts, [("base model", 0), ("with LoRA", step)], "before-after.png")))
+        yield draw([("base model", 0), ("with LoRA", step)], "before-after.png")
     yield events.Finished(step, str(run.export))
 
 
@@ -261,32 +281,20 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-# ---------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------- what is not finite
 
 
-def save(run: Run, layers: Mapping[str, Adapter], optimizer: Optimizer, average: Average, step: int) -> events.Saved:
-    adapter = checkpoint.flatten({name: layer.state() for name, layer in layers.items()})
-    moments, scalars = optimizer.state()
-    tensors = {"adapter": adapter, "optimizer": moments, "average": average.tensors()}
-    state = {"threads": torch.get_num_threads(), "torch": torch.__version__, "optimizer": scalars}
-    written = checkpoint.save(run.checkpoints, checkpoint.Checkpoint(step, tensors, state), run.config.train.keep_checkpoints)
-    return events.Saved(step, str(written))
+def skip(run: Run, step: int, in_a_row: int, pictures: Iterable[Path]) -> events.Warned:
+    """The warning of a step that changed nothing. Raises TrainingError where too many come in a row."""
+    seen = f"step {step}, whose pictures were {', '.join(dict.fromkeys(path.name for path in pictures))}"
+    if in_a_row > run.config.train.max_bad_steps:
+        raise TrainingError(
+            f"The loss or its gradient was not finite in {in_a_row} steps in a row, the last of them {seen}: "
+            f"look at these, or lower optimizer.rate; {last_good(run)}."
+        )
+    return events.Warned(f"The loss or its gradient is not finite in {seen}: the step is skipped.")
 
 
-def restore(run: Run, layers: Mapping[str, Adapter], optimizer: Optimizer, average: Average) -> int:
-    """Take back the newest checkpoint's state; returns its step, 0 where there is none."""
-    newest = checkpoint.load_newest(run.checkpoints)
-    if newest is None:
-        return 0
-    saved = checkpoint.unflatten(newest.tensors["adapter"])
-    if saved.keys() != layers.keys():
-        raise TrainingError(f"{run.folder}: its checkpoint is of other layers than its config.toml names; start a new run.")
-    for name, layer in layers.items():
-        if {key: t.shape for key, t in layer.state().items()} != {key: t.shape for key, t in saved[name].items()}:
-            raise TrainingError(f"{run.folder}: its checkpoint has another kind or rank of {name} than its config.toml; start a new run.")
-        layer.load_state(saved[name])
-    if len(newest.tensors["average"]) != len(average.values):
-        raise TrainingError(f"{run.folder}: its config.toml has another optimizer.ema than its checkpoint; start a new run.")
-    optimizer.load_state(newest.tensors["optimizer"], newest.state["optimizer"])
-    average.load_tensors(newest.tensors["average"])
-    return newest.step
+def check_weights(run: Run, optimizer: Optimizer, step: int) -> None:
+    if not torch.nn.utils.get_total_norm([parameter.detach() for parameter in optimizer.parameters]).isfinite():
+        raise TrainingError(f"The adapter's weights are not finite after step {step}: lower optimizer.rate; {last_good(run)}.")

@@ -1,12 +1,14 @@
 """Checkpoints: whole or not there, verified, the newest good one wins, old ones go last."""
 
-import logging
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from sdlora.checkpoint import Checkpoint, flatten, load_newest, save, unflatten
+from sdlora.checkpoint import Checkpoint, flatten, load_newest, newest_whole, save, unflatten
+from sdlora.errors import TrainingError
 
 
 def state(step: int) -> Checkpoint:
@@ -24,7 +26,7 @@ def test_round_trip_and_pruning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
-def test_damage_falls_back_to_the_one_before(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_falls_back_to_the_one_before_and_is_told(tmp_path: Path, damage: str) -> None:
     save(tmp_path, state(1), keep=2)
     victim = save(tmp_path, state(2), keep=2) / "adapter.safetensors"
     data = victim.read_bytes()
@@ -36,21 +38,74 @@ def test_damage_falls_back_to_the_one_before(tmp_path: Path, damage: str, caplog
         victim.unlink()
     else:
         victim.with_name("manifest.json").write_text("{")
-    with caplog.at_level(logging.WARNING):
-        newest = load_newest(tmp_path)
+    newest = load_newest(tmp_path)
     assert newest is not None and newest.step == 1
-    assert "step-00000002 is damaged" in caplog.text
+    (told,) = newest.damaged
+    assert told.startswith("step-00000002 (")
+    assert newest_whole(tmp_path) == tmp_path / "step-00000001"
+    save(tmp_path, state(2), keep=2)  # in the damaged one's place
+    again = load_newest(tmp_path)
+    assert again is not None and again.step == 2 and not again.damaged
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew_in_silence(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (save(tmp_path, state(step), keep=2) / "state.json").write_bytes(b"")
+    with pytest.raises(TrainingError, match=r"All checkpoints .* step-00000002 .*, step-00000001 .* to begin anew"):
+        load_newest(tmp_path)
+    assert newest_whole(tmp_path) is None
+
+
+def test_two_whole_ones_stay_however_many_are_damaged(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        victim = save(tmp_path, state(step), keep=3)
+    shutil.rmtree(victim)  # the third; then a damaged one in its place
+    victim.mkdir()
+    save(tmp_path, state(4), keep=2)
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["2", "3", "4"]
+    save(tmp_path, state(5), keep=2)
+    assert sorted(p.name[-1] for p in tmp_path.iterdir()) == ["4", "5"]
+
+
+def test_where_the_disk_has_no_room_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, state(1), keep=2)
+    written = sum(p.stat().st_size for p in (tmp_path / "step-00000001").iterdir())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=written - 1))
+    monkeypatch.setattr("sdlora.checkpoint.write_synced", None)  # which must not be reached
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, state(2), keep=2)
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=written))
+    save(tmp_path, state(2), keep=2)
 
 
 def test_nothing_and_leftovers(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "none") is None
-    (tmp_path / ".tmp-step-00000001").mkdir()
-    assert load_newest(tmp_path) is None
-    save(tmp_path, state(1), keep=2)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+    (tmp_path / ".tmp-1-step-00000001").mkdir()
+    assert load_newest(tmp_path) is None and newest_whole(tmp_path) is None
 
 
 def test_flatten_round_trip() -> None:
     layers = {"unet.a.b": {"down": torch.ones(1), "up": torch.zeros(2)}}
     assert unflatten(flatten(layers)).keys() == layers.keys()
     assert unflatten(flatten(layers))["unet.a.b"].keys() == {"down", "up"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks the system which file a descriptor is of")
+def test_all_is_on_the_disk_before_the_name_and_the_name_before_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save(tmp_path, state(step), keep=2)
+    told: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        told.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda a, b: (told.append(f"rename {Path(b).name}"), replace(a, b))[1])
+    save(tmp_path, state(3), keep=2)
+    draft = f".tmp-{os.getpid()}-step-00000003"
+    assert told[:5] == ["adapter.safetensors", "state.json", "manifest.json", draft, "rename step-00000003"]
+    assert told[5:] == [tmp_path.name, f"rename .tmp-{os.getpid()}-old-step-00000001"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.files import copy_durably, durable, durable_folder, write_durably
+from sdlora.files import copy_durably, durable, durable_folder, remove_folder, sweep, write_durably
 
 
 def test_the_file_is_replaced_as_a_whole_and_whoever_reads_the_old_one_keeps_it(tmp_path: Path) -> None:
@@ -73,3 +73,21 @@ def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
         copy_durably(tmp_path / "source", draft / "b")
         raise KeyError
     assert sorted(os.listdir(tmp_path)) == ["a", "source"]
+
+
+def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a" / ".tmp-1-b" / ".tmp-1-c").mkdir(parents=True)
+    for name in ("a/d", "a/.tmp-2-d", "a/.tmp-1-b/e", ".hidden"):
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [".hidden", "a", str(Path("a/d"))]
+
+
+def test_a_folder_that_is_half_removed_has_a_drafts_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr("sdlora.files.shutil.rmtree", lambda path: None)
+    remove_folder(tmp_path / "a")
+    monkeypatch.undo()
+    assert [p.name.startswith(".tmp-") for p in tmp_path.iterdir()] == [True]
+    sweep(tmp_path)
+    assert os.listdir(tmp_path) == []

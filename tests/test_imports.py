@@ -16,7 +16,7 @@ LAYERS = [
     {"models", "optim"},
     {"checkpoint", "preview", "analysis", "adapt", "items"},
     {"latents", "prompts"},
-    {"objective", "export", "plan"},
+    {"objective", "export", "plan", "saving"},
     {"train"},
     {"commands"},
     {"cli"},

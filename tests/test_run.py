@@ -1,5 +1,7 @@
 """The run folder: made with its config, never shared, reopened from anywhere."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,33 @@ def test_stop_file(tmp_path: Path) -> None:
     assert not of.asked_to_stop()
     of.ask_to_stop()
     assert of.asked_to_stop()
+
+
+TRAINER = """
+import sys, time
+from pathlib import Path
+from sdlora.run import Run
+with Run(Path(sys.argv[1])).locked():
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_trainer_is_refused_until_the_first_is_gone_however_it_went(tmp_path: Path) -> None:
+    of = run.Run(tmp_path)
+    first = subprocess.Popen([sys.executable, "-c", TRAINER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None and first.stdout.readline() == "mine\n"
+    draft = tmp_path / "checkpoints" / ".tmp-1-step-00000002"
+    draft.mkdir(parents=True)
+    with pytest.raises(TrainingError, match="trained by another process") as refused, of.locked():
+        pass
+    assert "\n" not in str(refused.value) and draft.exists()  # which the first may be writing
+    first.kill()
+    first.communicate()
+    with of.locked():
+        assert not draft.exists()
+    with of.locked():  # given back
+        pass
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import build_model
+from variants import EVERY_KIND, EVERY_OPTIMIZER
 
 from sdlora import config as configs
 from sdlora import events, run
@@ -134,7 +136,8 @@ def test_a_stop_file_ends_the_run_saved(make: Any) -> None:
         told.append(event)
         if isinstance(event, events.Stepped) and event.step == 3:
             of.ask_to_stop()
-    assert told[-1] == events.Stopped(3) and of.export.exists()
+    assert told[-1] == events.Stopped(3)
+    assert of.export_of(3).exists() and not of.export.exists()  # what a finished run has written stays
     newest = load_newest(of.checkpoints)
     assert newest is not None and newest.step == 3
 
@@ -354,17 +357,6 @@ def test_export_gives_the_noise_prediction_of_training_in_diffusers(make: Any, t
     assert (after - before).abs().max() > 1e-2
 
 
-EVERY_KIND: dict[str, dict[str, Any]] = {
-    "lora": {"lora.unet": '["everything"]'},
-    "lora gradient": {"init": "gradient", "calibration_batches": 2},
-    "lora activation": {"init": "activation", "calibration_batches": 2},
-    "dora": {"lora.kind": "dora", "lora.unet": '["all-linear+conv"]'},
-    "dora pissa": {"lora.kind": "dora", "init": "pissa"},
-    "mora": {"lora.kind": "mora", "lora.unet": '["attention+ff", "resnet"]'},
-    "full": {"lora.kind": "full", "lora.unet": '["attention+ff", "resnet"]', "rate": 1e-3},
-    "relora": {"merge_every": 2},
-    "dropouts": {"dropout": 0.2, "rank_dropout": 0.3, "module_dropout": 0.1, "max_norm": 0.5},
-}
 EXACT = {"format": "exact"}
 NORMS = EXACT | {"norms": "true", "biases": "true"}
 
@@ -497,19 +489,7 @@ def test_norms_and_biases_are_trained_written_and_warned_of(make: Any, tiny: Pat
         make(norms="true")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"algorithm": "prodigy", "rate": 1, "text_encoder_rate": 1},
-        {"algorithm": "came"},
-        {"algorithm": "adafactor"},
-        {"algorithm": "lion", "rate": 1e-3},
-        {"algorithm": "schedule_free", "schedule": "constant"},
-        {"algorithm": "adamw", "arguments": "{ amsgrad = true }"},
-        {"matched": "true", "rate": 1e-4},
-    ],
-    ids=lambda options: options.get("algorithm", "matched"),
-)
+@pytest.mark.parametrize("options", EVERY_OPTIMIZER.values(), ids=EVERY_OPTIMIZER)
 def test_every_optimizer_trains_and_resumes_in_the_same_bits(make: Any, tiny: Path, options: dict[str, Any]) -> None:
     more = {"prompts": "a cat --s 2", "preview.every": 3, "steps": 8, "text_encoder_steps": 5}
     straight, broken = make(**options, **more), make(**options, **more)
@@ -715,6 +695,109 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_exports_nothing(make: Any) -
     with pytest.raises(TrainingError, match="not finite"):
         list(train(of))
     assert not of.export.exists()
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, by_step: dict[int, float]) -> None:
+    """Multiply the losses of these steps, counted from 1."""
+    call = Objective.__call__
+
+    def spoilt(self: Objective, step: int, part: int, text_rests: bool = False) -> Any:
+        loss = call(self, step, part, text_rests)
+        return dataclasses.replace(loss, total=loss.total * by_step.get(step + 1, 1.0))
+
+    monkeypatch.setattr(Objective, "__call__", spoilt)
+
+
+def test_a_bad_step_changes_nothing_is_told_and_resumes_in_the_same_bits(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, {3: float("nan"), 4: float("inf"), 5: float("nan")})
+    straight, broken, stopped = make(), make(), make(steps=4)
+    told = list(train(straight))
+    assert [e.step for e in told if isinstance(e, events.Stepped)] == [1, 2, 6]
+    warned = [e.message for e in told if isinstance(e, events.Warned)]
+    assert [message.partition(", whose")[0].rpartition(" ")[2] for message in warned] == ["3", "4", "5"] and ".png" in warned[0]
+    assert losses(killed_and_resumed(broken, 4)) == losses(told)
+    assert_same_bits(straight, broken)
+    list(train(stopped))
+    before, after = (unflatten(load_file(stopped.checkpoints / f"step-0000000{n}" / "adapter.safetensors")) for n in (2, 4))
+    assert all(torch.equal(after[layer][name], before[layer][name]) for layer in before for name in before[layer])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_too_many_bad_steps_in_a_row_end_the_run_at_the_same_step(make: Any, monkeypatch: pytest.MonkeyPatch, resumed: bool) -> None:
+    spoil(monkeypatch, dict.fromkeys((3, 4, 5), float("nan")))
+    of = make(max_bad_steps=2)
+    if resumed:
+        stream = train(of)
+        list(takewhile(lambda e: not (isinstance(e, events.Saved) and e.step == 4), stream))
+        stream.close()
+    with pytest.raises(TrainingError, match=r"in 3 steps in a row, the last of them step 5, whose pictures were .*\.png.*step-00000004"):
+        list(train(of))
+    assert not of.export.exists()
+
+
+def test_weights_that_are_not_finite_are_found_in_their_step_and_never_saved(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Optimizer.step
+    taken = []
+
+    def overflow(self: Optimizer) -> None:
+        step(self)
+        taken.append(1)
+        if len(taken) == 4:
+            self.parameters[-1].data.fill_(float("inf"))
+
+    monkeypatch.setattr(Optimizer, "step", overflow)
+    of = make()
+    with pytest.raises(TrainingError, match=r"weights are not finite after step 4.*step-00000002"):
+        list(train(of))
+    assert [p.name for p in of.checkpoints.iterdir()] == ["step-00000002"] and not of.export.exists()
+
+
+def test_what_has_changed_and_what_is_damaged_is_said_at_resume(make: Any) -> None:
+    of = make(steps=6)
+    list(train(of))
+    damaged = of.checkpoints / "step-00000006" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    path = of.folder / "config.toml"
+    path.write_text(path.read_text().replace("steps = 6", "steps = 7", 1).replace("threads = 1", "threads = 2", 1))
+    told = list(train(run.Run(of.folder)))
+    torch.set_num_threads(1)
+    fallen, changed = (e.message for e in told if isinstance(e, events.Warned))
+    assert "step-00000006" in fallen and "goes on from step 4" in fallen
+    assert changed.endswith(": threads 1 -> 2, train.steps 6 -> 7, train.threads 1 -> 2.")
+    assert next(e for e in told if isinstance(e, events.Resumed)) == events.Resumed(4)
+
+
+def test_a_finished_run_is_exported_again_and_its_last_checkpoint_left_alone(make: Any) -> None:
+    of = make()
+    list(train(of))
+    before = [(p, p.stat().st_mtime_ns) for p in sorted(of.checkpoints.rglob("*"))]
+    of.export.unlink()
+    told = list(train(of))
+    assert [type(e) for e in told[-3:]] == [events.Resumed, events.Exported, events.Finished] and of.export.exists()
+    assert [(p, p.stat().st_mtime_ns) for p in sorted(of.checkpoints.rglob("*"))] == before
+
+
+def test_a_preview_that_cannot_be_written_is_told_of_and_the_run_goes_on(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, without = make(prompts="a cat --s 2"), make(prompts="a cat --s 2")
+    list(train(whole))
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sdlora.preview.save_picture", full)
+    told = list(train(without))
+    assert [e.message for e in told if isinstance(e, events.Warned)] == [
+        f"There is no preview of step {step}: [Errno 28] No space left on device." for step in (0, 6)
+    ]
+    assert isinstance(told[-1], events.Finished)
+    assert_same_bits(whole, without)
+
+
+def test_a_run_that_the_disk_cannot_hold_is_refused_with_figures(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300_000))
+    with pytest.raises(TrainingError, match=r"has 0 MiB free, and the run needs \d+ \(3 checkpoints of \d+ each"):
+        next(train(make(rank=16)))
 
 
 def test_restore_refuses_a_checkpoint_of_other_layers(make: Any) -> None:

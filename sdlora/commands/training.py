@@ -44,12 +44,7 @@ def train_command(parsed: argparse.Namespace) -> int:
 
 
 def resume_command(parsed: argparse.Namespace) -> int:
-    def opened() -> runs.Run:
-        run = runs.open_run(parsed.run)
-        run.stop_file.unlink(missing_ok=True)
-        return run
-
-    return with_others(opened)
+    return with_others(lambda: runs.open_run(parsed.run))
 
 
 def with_others(find: Callable[[], runs.Run]) -> int:
@@ -72,16 +67,18 @@ def with_others(find: Callable[[], runs.Run]) -> int:
 
 
 def follow_training(run: runs.Run, processes: Processes | None = None) -> int:
-    logging.basicConfig(filename=run.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    logging.captureWarnings(True)
-    say(f"Run folder: {shown(run.folder)}")
-    say("Loading the model ...")
-    with stop_on_signals(run, at_once=processes is None):
-        from sdlora.processes import ALONE
-        from sdlora.train import train
+    with run.locked():
+        run.stop_file.unlink(missing_ok=True)  # of the last time
+        logging.basicConfig(filename=run.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+        logging.captureWarnings(True)
+        say(f"Run folder: {shown(run.folder)}")
+        say("Loading the model ...")
+        with stop_on_signals(run, at_once=processes is None):
+            from sdlora.processes import ALONE
+            from sdlora.train import train
 
-        for line in render(events.record(train(run, processes or ALONE), run.events), run):
-            say(line)
+            for line in render(events.record(train(run, processes or ALONE), run.events), run):
+                say(line)
     return 0
 
 
@@ -114,7 +111,7 @@ def plan_command(parsed: argparse.Namespace) -> int:
 def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
     """Lines to print; progress bars draw themselves on stderr."""
     bar = filling = None
-    started, smooth, finished, grid, lost, alphas = 0, None, None, "", "", ""
+    started, smooth, finished, grid, lost, alphas, so_far = 0, None, None, "", "", "", ""
     for event in stream:
         match event:
             case events.Planned():
@@ -137,15 +134,17 @@ def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
                 smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
                 figures = f"loss {smooth:.4f}, rate {event.rate:.1e}, norm drift {event.embedding_norm_drift:.1%}{alphas}"
                 bar.set_postfix_str(figures, refresh=False)
-                bar.update()
+                bar.update(event.step - bar.n)  # steps that were skipped told nothing
             case events.Measured(alphas=found) if found:
                 alphas = f", alpha {found[2]:.3g} ({found[0]:.3g} to {found[-1]:.3g})"
             case events.Previewed(path=path):
                 grid = path
-            case events.Exported() if event.lost:
-                lost = f"The file is the nearest of its rank: it leaves out {event.lost:.2%} of the change, most of {event.worst}."
+            case events.Exported():
+                so_far = f" LoRA so far: {shown(Path(event.path))}"
+                if event.lost:
+                    lost = f"The file is the nearest of its rank: it leaves out {event.lost:.2%} of the change, most of {event.worst}."
             case events.Stopped(step=step):
-                finished = f"Stopped after step {step}; all is saved. Go on with: {program()} resume {shown(run.folder)}"
+                finished = f"Stopped after step {step}; all is saved.{so_far} Go on with: {program()} resume {shown(run.folder)}"
             case events.Finished(path=path):
                 prompt = run.config.preview.prompts[0].split(" --")[0] if run.config.preview.prompts else "your prompt"
                 pictures = f"Before and after: {shown(Path(grid))}   " if grid else ""

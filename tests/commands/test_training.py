@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from sdlora import config, run
 from sdlora.cli import main
 
 Told = subprocess.CompletedProcess[str]
@@ -56,6 +57,17 @@ def test_train(place: Path, sdlora: Callable[..., Told]) -> None:
     assert "before-after.png" in lines[-1] and "whole.safetensors" in lines[-1] and "sdlora generate" in lines[-1]
     assert "8/8" in told.stderr and "loss" in told.stderr
     assert "Encoding pictures: 100%" in told.stderr and "Encoding captions: 100%" in told.stderr
+
+
+def test_a_second_trainer_is_refused_in_one_line_and_touches_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of = run.create(config.load([place / "tiny.toml"], [("output.name", "shared")]))
+    of.events.write_text("first's\n")
+    of.ask_to_stop()  # the first has been asked, and the second must not take that back
+    with of.locked():
+        assert main(["resume", str(of.folder)]) == 2
+    error = capsys.readouterr().err
+    assert "trained by another process" in error and error.count("\n") == 1
+    assert of.asked_to_stop() and of.events.read_text() == "first's\n" and not of.log.exists()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of this kind are POSIX's")
