@@ -37,11 +37,13 @@ def add(commands: Commands) -> None:
 
 def train_command(parsed: argparse.Namespace) -> int:
     run = runs.create(config.load(parsed.config, parsed.flags))
+    run.claim(os.getpid())
     return follow_training(run)
 
 
 def resume_command(parsed: argparse.Namespace) -> int:
     run = runs.open_run(parsed.run)
+    run.claim(os.getpid())
     run.stop_file.unlink(missing_ok=True)
     return follow_training(run)
 
