@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+import psutil
 
 from sdlora import config as configs
 from sdlora.config import Config, Section
@@ -14,11 +17,13 @@ from sdlora.errors import ConfigError, TrainingError
 from sdlora.files import sweep, try_lock, write_durably
 
 CACHE = "_cache"
+CLOCKS_DIFFER = 2.0  # seconds between two readings of when a process began, which follow the system's clock
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, lock, and `stop` when it is asked to stop."""
+    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/; `lock` and `pid` say that a process trains it
+    and which, and `stop` asks that process to stop."""
 
     folder: Path
 
@@ -84,6 +89,29 @@ class Run:
 
     def asked_to_stop(self) -> bool:
         return self.stop_file.exists()
+
+    @property
+    def pid_file(self) -> Path:
+        return self.folder / "pid"
+
+    def trained_by(self) -> int | None:
+        """Id of the process that trains it now, None where none does."""
+        try:
+            pid, began = self.pid_file.read_text().split()
+            process = psutil.Process(int(pid))
+            # A system gives the ids of ended processes away again, and their parents may be slow to clear them up.
+            lives = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - float(began)) < CLOCKS_DIFFER
+        except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+            return None
+        return process.pid if lives else None
+
+    def claim(self, pid: int) -> None:
+        """Write down that this process trains it. Raises TrainingError where another one does; the own parent is none, as the python
+        of a virtual environment starts another on Windows."""
+        other = self.trained_by()
+        if other not in (None, pid, os.getppid()):
+            raise TrainingError(f"{self.folder} is being trained already, by process {other}: stop that first.")
+        self.pid_file.write_text(f"{pid} {psutil.Process(pid).create_time()}\n")
 
 
 def create(config: Config) -> Run:
