@@ -69,7 +69,9 @@ class ModelOptions(Section):
         description="Base model of SD 1.x, SD 2.x or SDXL: a .safetensors checkpoint, a folder in diffusers' layout, 'owner/name' on the "
         "Hugging Face hub, or 'mini', the one built in.",
     )
-    vae: str | None = Field(None, min_length=1, description="Another VAE than the base's own: a .safetensors file, or a folder.")
+    vae: Annotated[str, AfterValidator(_nameable)] | None = Field(
+        None, min_length=1, description="Another VAE than the base's own: a .safetensors file, or a folder."
+    )
     prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
         None, description="What the base model predicts; unset: what it says itself, or what is usual of its kind, which you are told."
     )

@@ -158,7 +158,8 @@ class LoraFile:
 
     def change(self, name: str) -> Change:
         """fp32. Raises WeightsError for a layer whose tensors do not belong together."""
-        tensors = {role: finite(self.path, key, self._tensors.get_tensor(key)) for role, key in self.layers[name].items()}
+        with reading(self.path):
+            tensors = {role: finite(self.path, key, self._tensors.get_tensor(key)) for role, key in self.layers[name].items()}
         try:
             change = decode(tensors, self._alpha_of_peft(name))
         except (RuntimeError, IndexError, TypeError):  # torch's words for matrices that cannot be multiplied, or are none
@@ -228,14 +229,20 @@ class LoraFile:
         if "lora_alpha" not in of_part:
             return None
         patterns = of_part.get("alpha_pattern") or {}
-        alpha = next((float(a) for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), of_part["lora_alpha"])
-        return float(alpha) * math.sqrt(self.shape(name, "down")[0]) if of_part.get("use_rslora") else float(alpha)
+        try:
+            # peft takes them for regular expressions, but diffusers writes paths; an expression of a stranger's could take for ever.
+            alpha = float(next((a for end, a in patterns.items() if f".{path}".endswith(f".{end}")), of_part["lora_alpha"]))
+        except (ValueError, TypeError, AttributeError, OverflowError):
+            alpha = math.nan
+        if not math.isfinite(alpha):
+            raise WeightsError(f"{self.path}: its metadata {PEFT_CONFIG} is damaged.")
+        return alpha * math.sqrt(self.shape(name, "down")[0]) if of_part.get("use_rslora") else alpha
 
     @cached_property
     def _peft_config(self) -> dict[str, Any]:
         try:
             config = json.loads(self.metadata.get(PEFT_CONFIG, "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise WeightsError(f"{self.path}: its metadata {PEFT_CONFIG} is damaged.") from None
         return config if isinstance(config, dict) else {}
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -22,6 +22,7 @@ from sdlora.errors import WeightsError
 from sdlora.lora.checkpoints import Place, places_of
 from sdlora.lora.targets import readable_name
 from sdlora.models.tokenizer import clip_tokenizer
+from sdlora.tensors import opened, reading
 
 CONFIGS = Path(__file__).parent / "configs"  # of the families, as the original models have them
 PIPELINES = {"StableDiffusionPipeline": 1, "StableDiffusionXLPipeline": 2}  # text encoders
@@ -129,15 +130,14 @@ class Weights:
         """Raises WeightsError for what cannot be read without running what a stranger wrote."""
         self.path = path
         self._tensors: dict[str, Tensor] | None = None
+        if path.suffix == ".safetensors":
+            with reading(path):
+                self._file: Any = opened(path)
+            self.keys: Collection[str] = set(self._file.keys())
+            self.metadata: Mapping[str, str] = self._file.metadata() or {}
+            return
         try:
-            if path.suffix == ".safetensors":
-                self._file: Any = safe_open(path, framework="pt")
-                self.keys: Collection[str] = set(self._file.keys())
-                self.metadata: Mapping[str, str] = self._file.metadata() or {}
-                return
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except SafetensorError as error:
-            raise WeightsError(f"{path} is not a readable .safetensors file: {error}.") from None
         except Exception:  # whatever a broken pickle raises
             raise WeightsError(
                 f"{path} holds more than weights, or is damaged, and is not opened: convert it to .safetensors, by what you trust."

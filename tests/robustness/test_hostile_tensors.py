@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save, save_file
+from tiny import build_model
 
 from sdlora import tensors
 from sdlora.cli import main
@@ -21,7 +22,8 @@ from sdlora.data.cache import TensorCache, survey
 from sdlora.errors import WeightsError
 from sdlora.lora import formats
 
-NAMES = ("lora_unet_a.lora_down.weight", "lora_unet_a.lora_up.weight", "lora_unet_a.alpha")
+LAYER = "lora_unet_mid_block_attentions_0_proj_in"
+NAMES = (f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight", f"{LAYER}.alpha")
 
 
 def raw(header: Any, body: bytes = b"", length: int | None = None) -> bytes:
@@ -68,6 +70,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "a way out of the folder": (lambda: raw({"../../x": entry(0, 4, [1])}, FOUR), "not a LoRA that is understood: ../../x"),
     "not a number": (lambda: save({NAMES[0]: torch.tensor([[float("nan")]])}), "not finite"),
     "numbers of four bits": (lambda: raw({NAMES[0]: entry(0, 1, [2], "F4")}, b"\0"), "not a kind of number"),
+    "numbers of four bits, one a row": (lambda: raw({NAMES[0]: entry(0, 1, [2, 1], "F4")}, b"\0"), "dtype requires"),
     "rank 0": (lambda: save({NAMES[0]: torch.zeros(0, 3), NAMES[1]: torch.zeros(3, 0)}), "do not belong together"),
     "matrices without sides": (lambda: save({NAMES[0]: torch.zeros(()), NAMES[1]: torch.zeros(())}), "do not belong together"),
     "two ranks": (lambda: save({NAMES[0]: torch.zeros(2, 3), NAMES[1]: torch.zeros(3, 1)}), "do not belong together"),
@@ -92,15 +95,14 @@ def test_hostile_files_are_refused_by_every_reader(name: str, tmp_path: Path, ca
         assert time.process_time() - began < 2
     assert main(["alphas", str(path)]) == 2
     assert main(["generate", "a cat", "--lora", str(path), "--out", str(tmp_path / "out")]) == 2
-    for line in capsys.readouterr().err.splitlines():
-        if not line.strip() or line.startswith("Loading weights"):  # what transformers draws where it was imported before
-            continue
-        assert line.startswith("sdlora: ") and line.isprintable()
+    assert main(["generate", "a cat", "--base", str(path), "--out", str(tmp_path / "out")]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sdlora: ")]  # beside the libraries' bars
+    assert len(told) == 3 and all(line.isprintable() for line in told)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_hostile_headers_are_refused_without_their_tensors(tmp_path: Path) -> None:
-    path, of_tensors = tmp_path / "x.safetensors", ("understood", "finite", "belong together", "kind of number")
+    path, of_tensors = tmp_path / "x.safetensors", ("understood", "finite", "belong together", "kind of number", "dtype requires")
     for make, reason in HOSTILE.values():
         path.write_bytes(make())
         if any(word in reason for word in of_tensors):
@@ -180,15 +182,40 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
         tensors.read(tmp_path / "nowhere.safetensors")
 
 
-@pytest.mark.parametrize(
-    "metadata", ['{"lora_unet_a": NaN}', "[" * 100_000, "[1]", '{"lora_unet_a": [1]}', '{"lora_unet_a": ' + "9" * 400 + "}", "x"]
-)
+PLAIN = {f"{LAYER}.lora_down.weight": torch.ones(1, 3), f"{LAYER}.lora_up.weight": torch.ones(3, 1)}
+NO_NUMBERS = ("NaN", "[1]", "9" * 400, "{}", '"x"')
+
+
+@pytest.mark.parametrize("metadata", ["[" * 100_000, "[1]", "x", *(f'{{"{LAYER}": {value}}}' for value in NO_NUMBERS)])
 def test_hostile_metadata_is_refused(metadata: str, tmp_path: Path) -> None:
-    sides = {NAMES[0]: torch.ones(1, 3), NAMES[1]: torch.ones(3, 1)}
-    save_file(sides, tmp_path / "x.safetensors", {formats.LEARNED_ALPHAS: metadata, formats.LEARNED_SCALES: metadata})
+    save_file(PLAIN, tmp_path / "x.safetensors", {formats.LEARNED_ALPHAS: metadata, formats.LEARNED_SCALES: metadata})
     for reader in READERS[1:]:
         with pytest.raises(WeightsError, match=r"metadata sdlora_learned_.* is damaged"):
             reader(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "[" * 100_000,
+        '{"lora_alpha": []}',
+        '{"lora_alpha": "x"}',
+        '{"lora_alpha": 1, "alpha_pattern": [1]}',
+        f'{{"lora_alpha": {"9" * 400}}}',
+    ],
+)
+def test_hostile_options_of_peft_are_refused(options: str, tmp_path: Path) -> None:
+    save_file(PLAIN, tmp_path / "x.safetensors", {formats.PEFT_CONFIG: options})
+    with pytest.raises(WeightsError, match=r"metadata lora_adapter_metadata is damaged"):
+        formats.load(tmp_path / "x.safetensors")
+
+
+def test_options_of_peft_run_no_expression(tmp_path: Path) -> None:
+    slow = json.dumps({"lora_alpha": 1, "alpha_pattern": {"(.*.*)*(.*.*)*(.*.*)*x": 3, "mid_block.attentions.0.proj_in": 2, "(": 4}})
+    save_file(PLAIN, tmp_path / "x.safetensors", {formats.PEFT_CONFIG: slow})
+    began = time.process_time()
+    (change,) = formats.load(tmp_path / "x.safetensors")[0].values()
+    assert change.factors is not None and change.factors.alpha == 2 and time.process_time() - began < 1
 
 
 class Gadget:
@@ -231,6 +258,39 @@ def test_no_pickle_is_read(of: str, ending: str, tmp_path: Path, capsys: pytest.
         assert error.count("\n") == 2 and f"{path} is not a readable .safetensors file" in error
         assert "pickle" in error or of == "pickle 0", "text that any file could begin with"
         assert not canary.exists(), name
+
+
+@pytest.mark.parametrize("ending", [".ckpt", ".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("of", ["torch", "torch, old", "pickle 4"])
+def test_no_gadget_in_a_base_model_is_run(of: str, ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    canary, path = tmp_path / "canary", tmp_path / f"x{ending}"
+    for name, gadget in gadgets(str(canary)).items():
+        if of.startswith("torch"):
+            torch.save({"state_dict": {"a": gadget}}, path, _use_new_zipfile_serialization=of == "torch")
+        else:
+            path.write_bytes(pickle.dumps(gadget, protocol=4))
+        assert main(["generate", "a cat", "--base", str(path), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(path) in error
+        assert not canary.exists(), name
+
+
+@pytest.mark.parametrize("ending", [".bin", ".safetensors"])
+def test_no_gadget_in_a_folder_of_a_model_is_run(ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    canary, base = tmp_path / "canary", build_model(tmp_path / "tiny")
+    for part in ("unet", "vae", "text_encoder"):
+        for path in (base / part).glob("*.safetensors"):
+            whole, fake = path.read_bytes(), path.with_suffix(ending)
+            if ending == ".bin" and part == "text_encoder":
+                fake = path.with_name("pytorch_model.bin")
+            path.unlink()
+            torch.save({"a": Gadget(os.system, f"touch {canary}")}, fake)
+            assert main(["generate", "a cat", "--base", str(base), "--out", str(tmp_path / "out")]) == 2
+            error = capsys.readouterr().err.splitlines()
+            assert [str(base) in line for line in error if line.startswith("sdlora: ")] == [True]
+            assert not canary.exists()
+            fake.unlink()
+            path.write_bytes(whole)
 
 
 def test_the_gadgets_are_live(tmp_path: Path) -> None:
