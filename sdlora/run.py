@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import psutil
+
 from sdlora import config as configs
 from sdlora.config import Config, Section
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.files import sweep, try_lock, write_durably
 
 CACHE = "_cache"
+CLOCKS_DIFFER = 2.0  # seconds between two readings of when a process began, which follow the system's clock
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, lock, and `stop` when it is asked to stop."""
+    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, lock, `pid` of the process that trains there, and
+    `stop` when it is asked to stop."""
 
     folder: Path
 
@@ -78,6 +82,25 @@ class Run:
                 raise TrainingError(f"{self.folder} is being trained by another process: stop that one first, or wait for its end.")
             sweep(self.folder)
             yield
+
+    @property
+    def pid_file(self) -> Path:
+        return self.folder / "pid"
+
+    def claim(self, pid: int) -> None:
+        """Write down for others which process trains here; the lock, not this, keeps a second one out."""
+        self.pid_file.write_text(f"{pid} {psutil.Process(pid).create_time()}\n")
+
+    def trained_by(self) -> int | None:
+        """Id of the process that trains here now, None where none does."""
+        try:
+            pid, began = self.pid_file.read_text().split()
+            process = psutil.Process(int(pid))
+            # A system gives the ids of ended processes away again, and their parents may be slow to clear them up.
+            lives = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - float(began)) < CLOCKS_DIFFER
+        except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+            return None
+        return process.pid if lives else None
 
     def ask_to_stop(self) -> None:
         self.stop_file.touch()

@@ -1,9 +1,12 @@
 """The run folder: made with its config, never shared, reopened from anywhere."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sdlora import config, run
@@ -92,3 +95,22 @@ def test_the_folders_of_sets_are_absolute_and_there(tmp_path: Path, monkeypatch:
     (tmp_path / "two").mkdir()
     made = run.create(of).config.data.sets
     assert [(of.folder, of.repeats) for of in made] == [(tmp_path / "one", 1), (tmp_path / "two", 3)]
+
+
+def test_a_run_knows_the_process_that_trains_it(tmp_path: Path) -> None:
+    one = run.Run(tmp_path)
+    assert one.trained_by() is None
+    one.claim(os.getpid())
+    assert one.trained_by() == os.getpid()
+
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    one.claim(child.pid)
+    assert one.trained_by() == child.pid
+    child.stdin.close()  # type: ignore[union-attr]
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert one.trained_by() is None, "it has ended, though nobody has asked how"
+    child.wait()
+
+    one.pid_file.write_text(f"{os.getpid()} 12345.0")
+    assert one.trained_by() is None, "the id of an ended process, given away again"
