@@ -3,11 +3,13 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "sdlora"
+PAGE = PACKAGE.parent / "ui"
 # A module may import from its own layer's folder and from the layers before it.
 LAYERS = [
     {"errors", "config", "events", "files", "tensors", "processes", "__init__"},
@@ -56,12 +58,27 @@ def test_imports_point_one_way(path: Path) -> None:
         assert not (own in APART and name in APART), f"{own} and {name} stand apart"
 
 
-@pytest.mark.parametrize("module", ["sdlora.cli", "sdlora.config", "sdlora.events", "sdlora.run", "sdlora.errors"])
+def test_the_page_starts_and_reads_runs_and_no_more() -> None:
+    for path in PAGE.glob("*.py"):
+        assert imported(path) <= {"config", "errors", "events", "files", "run"}, path
+
+
+def test_every_package_is_named_for_the_wheel() -> None:
+    named = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert found == {name for name in named if not name.startswith("sdlora_ui")}
+
+
+STARTED_FAST = ["sdlora_ui.app", "sdlora_ui.server", "sdlora.cli", "sdlora.config", "sdlora.events", "sdlora.run", "sdlora.errors"]
+
+
+@pytest.mark.parametrize("module", STARTED_FAST)
 def test_no_torch(module: str) -> None:
-    code = f"import sys, {module}; sys.exit(bool({{'torch', 'diffusers', 'transformers', 'numpy'}} & set(sys.modules)))"
+    heavy = {"torch", "diffusers", "transformers"} | ({"numpy"} if not module.startswith("sdlora_ui") else set())  # gradio needs it
+    code = f"import sys, {module}; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_every_file_says_what_it_is_for() -> None:
-    for path in PACKAGE.rglob("*.py"):
+    for path in (*PACKAGE.rglob("*.py"), *PAGE.rglob("*.py")):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path

@@ -1,0 +1,33 @@
+"""The page as a whole: its head, its tabs, its looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+
+from . import train
+from .paths import Places
+
+STYLE = Path(__file__).parent / "style.css"
+# The system's own fonts: Gradio's default theme would ask Google for some.
+FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+HEAD = '<header class="sd-head"><h1>sdlora</h1><p>Train a LoRA that does not break its model.</p></header>'
+
+
+def build(places: Places) -> gr.Blocks:
+    with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(HEAD, apply_default_css=False)
+        current = gr.Textbox(visible="hidden", elem_id="current")  # name of the run that is shown
+        with gr.Tabs(selected="train"):
+            with gr.Tab("Train", id="train"):
+                train.build(places, current)
+    return page
+
+
+def theme() -> gr.Theme:
+    sizes = {"spacing_size": "sm", "radius_size": "md", "text_size": "md"}
+    base = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=MONO, **sizes)
+    # White on a teal that is dark enough to read it on.
+    return base.set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")

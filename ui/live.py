@@ -1,0 +1,142 @@
+"""The live part of a run: status, plots, pictures, log and result, each a piece of HTML made from the run folder alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from sdlora.errors import SdloraError
+from sdlora.run import Run
+
+from . import history, plots
+from .history import History
+from .markup import duration, file_url, text
+from .paths import shown
+
+LOG_BYTES = 16_384
+LOG_LINES = 60
+SMALL_SIDE = 128  # px of a picture's shorter side up to which it is enlarged by whole pixels
+PREVIEW = re.compile(r"(\d{8})-(\d\d)\.png")
+WORDS = {"running": "Training", "stopping": "Stopping after this step", "stopped": "Stopped", "finished": "Finished", "failed": "Failed"}
+NO_RUN = '<p class="sd-empty">No run yet. Choose pictures and press Start: progress, plots and sample pictures appear here.</p>'
+
+
+def parts(run: Run) -> dict[str, str]:
+    """Status, result, plots, gallery and log."""
+    seen = history.of(run.events).look()
+    word = history.status(run, seen)
+    return {
+        "status": status(run, seen, word),
+        "result": result(run, seen),
+        "plots": plots.of_run(seen),
+        "gallery": gallery(run),
+        "log": log(run.log),
+    }
+
+
+def status(run: Run, seen: History, word: str) -> str:
+    share = seen.step / seen.steps if seen.steps else 0.0
+    warnings = "".join(f"<li>{text(message)}</li>" for message in seen.warnings)
+    return (
+        f'<section class="sd-status {word}">'
+        f'<header><b>{text(run.folder.name)}</b><span class="sd-badge {word}">{WORDS[word]}</span></header>'
+        f'<div class="sd-bar" role="progressbar" aria-valuemin="0" aria-valuemax="100" aria-valuenow="{100 * share:.0f}">'
+        f'<i style="width:{100 * share:.1f}%"></i></div>'
+        f'<p class="sd-figures">{" ".join(f"<span>{text(of)}</span>" for of in figures(seen, word))}</p>'
+        + (f'<p class="sd-error" role="alert">{text(history.reason(seen))}</p>' if word == "failed" else "")
+        + (f'<details class="sd-warnings"><summary>{len(seen.warnings)} notes</summary><ul>{warnings}</ul></details>' if warnings else "")
+        + "</section>"
+    )
+
+
+def figures(seen: History, word: str) -> list[str]:
+    """What is going on, in a few words each."""
+    if seen.plan is None:
+        return ["Loading the model ..."] if word == "running" else []
+    told = []
+    if seen.step:
+        told.append(f"Step {seen.step:,} of {seen.steps:,}")
+    elif seen.cached is not None:
+        told.append(f"Encoding {seen.cached.of}: {seen.cached.done} of {seen.cached.total}")
+    left = seen.seconds_left()
+    if word == "running" and left is not None:
+        told += [f"{duration(left)} left", f"{seen.series['seconds'].values[-1]:.2f} s a step"]
+    plan = seen.plan
+    memory = f"about {plan.memory_bytes / 2**30:.1f} GiB on {plan.device}"
+    return [*told, f"{plan.images} pictures", f"{sum(plan.layers.values())} layers", memory]
+
+
+def result(run: Run, seen: History) -> str:
+    """The exported file, once there is one."""
+    if seen.exported is None or not run.export.is_file():
+        return ""
+    size = run.export.stat().st_size / 2**20
+    lost = f" It leaves out {seen.exported.lost:.2%} of the change, most of {seen.exported.worst}." if seen.exported.lost else ""
+    return (
+        f'<section class="sd-result"><a class="sd-download" href="{text(file_url(run.export))}" download>'
+        f"Download {text(run.export.name)}</a><span>{size:.1f} MiB, after step {seen.exported.step:,}.{text(lost)}</span>"
+        f"<code>{text(shown(run.export))}</code></section>"
+    )
+
+
+def gallery(run: Run) -> str:
+    """A strip for each prompt, the newest step first."""
+    found: dict[int, dict[int, Path]] = {}
+    for entry in os.scandir(run.previews) if run.previews.is_dir() else ():
+        if match := PREVIEW.fullmatch(entry.name):
+            found.setdefault(int(match[2]), {})[int(match[1])] = Path(entry.path)
+    if not found:
+        return '<p class="sd-empty">Sample pictures appear here as the run draws them.</p>'
+    try:
+        prompts: tuple[str, ...] = run.config.preview.prompts
+        is_small = run.config.data.resolution <= SMALL_SIDE
+    except SdloraError:  # a config of another version: the pictures can be shown all the same
+        prompts, is_small = (), False
+    strips = []
+    for number, pictures in sorted(found.items()):
+        prompt = prompts[number] if number < len(prompts) else ""
+        strip = "".join(picture(path, step, prompt) for step, path in sorted(pictures.items(), reverse=True))
+        strips.append(f"<section><h4>{text(prompt)}</h4><div>{strip}</div></section>")
+    return f'<div class="sd-gallery{" small" if is_small else ""}">{"".join(strips)}</div>'
+
+
+def picture(path: Path, step: int, prompt: str) -> str:
+    url = text(file_url(path))
+    label = f"step {step:,}" if step else "base model"
+    return (
+        f'<figure><a href="{url}" target="_blank"><img loading="lazy" src="{url}" alt="{text(prompt)}, {label}"></a>'
+        f"<figcaption>{label}</figcaption></figure>"
+    )
+
+
+def log(path: Path) -> str:
+    """Its last lines."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LOG_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        lines = []
+    # A progress bar draws itself over and over behind carriage returns, which splitlines takes for line ends.
+    return f'<pre class="sd-log" tabindex="0">{text(chr(10).join(lines[-LOG_LINES:]))}</pre>'
+
+
+def newest(runs: Path) -> str:
+    """Name of the run in training, or of the last that was, "" where there is none."""
+    found = [Run(folder) for folder in folders(runs)]
+    training = [run for run in found if run.trained_by() is not None]
+    return max(training or found, key=changed).folder.name if found else ""
+
+
+def folders(runs: Path) -> list[Path]:
+    """Of all runs."""
+    if not runs.is_dir():
+        return []
+    return [path for path in runs.iterdir() if not path.name.startswith((".", "_")) and (path / "config.toml").is_file()]
+
+
+def changed(run: Run) -> float:
+    """When it last told something, in seconds since 1970."""
+    told = run.events if run.events.exists() else run.folder / "config.toml"
+    return told.stat().st_mtime

@@ -1,0 +1,75 @@
+"""Serves the page until Ctrl-C; runs that it started go on."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+import webbrowser
+from typing import TYPE_CHECKING
+
+from sdlora.errors import ConfigError
+
+from . import guard
+from .paths import Places
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+CLOSING_SECONDS = 1  # that an open page is waited for
+
+
+def serve(places: Places, *, host: str, port: int, auth: str | None, browser: bool) -> None:
+    """Raises ConfigError for an address that others can reach without a password, or that cannot be had."""
+    guard.check(host, auth)
+    listening = listen(host, port)
+    shown_host = f"[{host}]" if ":" in host else host
+    address = f"http://{shown_host}:{listening.getsockname()[1]}/"
+    with tempfile.TemporaryDirectory(prefix="sdlora-") as uploads:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}  # read when gradio is imported
+        import uvicorn
+
+        app = application(places, host, auth)
+        print(f"sdlora ui: {address}   (Ctrl-C ends the page; runs go on)", flush=True)
+        if browser:
+            threading.Timer(1.0, webbrowser.open, [address]).start()
+        options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS)
+        uvicorn.Server(options).run(sockets=[listening])
+
+
+def application(places: Places, host: str, auth: str | None) -> ASGIApp:
+    """The whole page behind its guard."""
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from . import app, files
+
+    whole = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, routes=[*files.routes(places)])
+    gr.mount_gradio_app(
+        whole,
+        app.build(places),
+        path="/",
+        theme=app.theme(),
+        css_paths=app.STYLE,
+        footer_links=[],
+        ssr_mode=False,
+        pwa=False,
+        allowed_paths=[],  # pictures and results have a route of their own, which follows no link out of the roots
+        enable_monitoring=False,
+        mcp_server=False,
+    )
+    return guard.Guard(whole, host=host, auth=auth)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family)
+    if os.name == "posix":
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise ConfigError(f"--port {port} of {host} cannot be had ({error}): give another, or 0 for one that is free.") from None
+    return listening

@@ -1,0 +1,255 @@
+"""The first screen: what to train, Start, and the run as it goes."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from sdlora import config as configs
+from sdlora import run as runs
+from sdlora.config import Config
+from sdlora.errors import ConfigError, SdloraError
+from sdlora.files import write_durably
+
+from . import form, history, launch, live, markup
+from .files import PICTURES
+from .paths import FISH, Places, shown
+
+FIRST_PRESET = "mini"
+DROPPED = PICTURES | {".txt", ".caption"}
+QUIET = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+SCRIPT = (Path(__file__).parent / "form.js").read_text(encoding="utf-8")
+# A reload, or a link that is sent on, shows the same run.
+REMEMBER = "(name) => { const at = new URL(location); at.searchParams.set('run', name); history.replaceState(null, '', at); }"
+PARTS = ("status", "result", "plots", "gallery", "log")
+
+Told = dict[str, Any]  # the value of the form: {"preset": Texts, "told": Texts}
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What the first screen says, beside the form."""
+
+    base: str
+    folder: str
+    trigger: str
+    name: str
+
+    @classmethod
+    def of(cls, texts: form.Texts) -> Fields:
+        return cls(*(texts[name] for name in form.OWN_FIELDS))
+
+    def texts(self) -> form.Texts:
+        return dict(zip(form.OWN_FIELDS, (self.base, self.folder, self.trigger, self.name), strict=True))
+
+    def all(self) -> tuple[str, str, str, str]:
+        return self.base, self.folder, self.trigger, self.name
+
+
+def build(places: Places, current: gr.Textbox) -> None:
+    start_texts = preset_texts(FIRST_PRESET, places)
+    own = Fields.of(start_texts)
+    with gr.Row(elem_classes="sd-train"):
+        with gr.Column(scale=2, min_width=320, elem_classes="sd-card"):
+            preset = gr.Dropdown([*form.presets()], value=FIRST_PRESET, label="Preset", info=form.presets()[FIRST_PRESET], elem_id="preset")
+            base = gr.Textbox(own.base, label="Base model", info="mini, the one built in, or the path of a model", elem_id="base")
+            folder = gr.Textbox(own.folder, label="Folder of pictures", elem_id="folder")
+            dropped = gr.File(
+                label="or drop pictures and captions here",
+                file_count="multiple",
+                file_types=[*sorted(DROPPED)],
+                height=130,
+                elem_id="dropped",
+            )
+            with gr.Row():
+                trigger = gr.Textbox(own.trigger, label="Trigger word", placeholder="ohwx", min_width=120, elem_id="trigger")
+                name = gr.Textbox(own.name, label="Name", min_width=120, elem_id="name")
+            error = gr.HTML(elem_id="error")
+            start = gr.Button("Start", variant="primary", elem_id="start")
+            with gr.Accordion("All options", open=False, elem_id="options"):
+                told = gr.HTML(
+                    {"preset": start_texts, "told": {}},
+                    html_template=form.html(),
+                    js_on_load=SCRIPT,
+                    apply_default_css=False,
+                    elem_id="form",
+                )
+            with gr.Accordion("Config file", open=False, elem_id="config"):
+                toml = gr.Textbox(label="The config as TOML", lines=14, max_lines=30, elem_classes="sd-code", elem_id="toml")
+                with gr.Row():
+                    show = gr.Button("Show", size="sm", elem_id="toml-show")
+                    apply = gr.Button("Use this text", size="sm", elem_id="toml-use")
+                path = gr.Textbox(label="File", placeholder="configs/mine.toml", elem_id="toml-path")
+                with gr.Row():
+                    load = gr.Button("Load", size="sm", elem_id="toml-load")
+                    save = gr.Button("Save", size="sm", elem_id="toml-save")
+                config_note = gr.HTML(elem_id="config-note")
+        with gr.Column(scale=3, min_width=320, elem_classes="sd-live"):
+            status = gr.HTML(live.NO_RUN, elem_id="status", apply_default_css=False)
+            with gr.Row(elem_classes="sd-actions"):
+                stop = gr.Button("Stop and save", size="sm", interactive=False, elem_id="stop")
+                resume = gr.Button("Resume", size="sm", interactive=False, elem_id="resume")
+            run_error = gr.HTML(elem_id="run-error")
+            result = gr.HTML(elem_id="result", apply_default_css=False)
+            plots = gr.HTML(elem_id="plots", apply_default_css=False)
+            gr.HTML("<h3>Samples</h3>", elem_classes="sd-heading")
+            gallery = gr.HTML(elem_id="gallery", apply_default_css=False)
+            with gr.Accordion("Log", open=False):
+                log = gr.HTML(elem_id="log", apply_default_css=False)
+    sent = gr.State({})
+    draft = gr.BrowserState({}, storage_key="sdlora-draft", secret="sdlora")  # kept by the browser, and read by nobody else
+    fields = [base, folder, trigger, name]
+    everything = [preset, *fields, told]
+    live_parts = [status, result, plots, gallery, log, stop, resume, sent]
+
+    def chosen(preset: str, *values: Any) -> Config:
+        *own, told = values
+        texts = told["told"] | Fields(*own).texts()
+        if texts.get("data.sets"):
+            texts.pop("data.folder")
+        else:
+            places.folder(texts["data.folder"], "data.folder")
+        config = form.config_of(form.preset(preset), texts, places.runs)
+        places.check(config)
+        return config
+
+    def start_run(dropped: list[str] | None, preset: str, *values: Any) -> tuple[Any, ...]:
+        try:
+            if dropped:
+                values = (values[0], str(keep(dropped, places)), *values[2:])
+            run = runs.create(chosen(preset, *values))
+            launch.train(run)
+        except SdloraError as problem:
+            return gr.skip(), gr.skip(), gr.skip(), markup.error(str(problem))
+        return run.folder.name, values[1], None, ""
+
+    def pick(preset: str) -> tuple[Any, ...]:
+        texts = preset_texts(preset, places)
+        return gr.update(info=form.presets()[preset]), *Fields.of(texts).all(), {"preset": texts, "told": {}}
+
+    def show_toml(*values: Any) -> tuple[Any, str]:
+        try:
+            return configs.dump(chosen(*values)), ""
+        except SdloraError as problem:
+            return gr.skip(), markup.error(str(problem))
+
+    def use_toml(toml: str, preset: str) -> tuple[Any, ...]:
+        try:
+            texts = form.texts(form.config_of(toml, {}, places.runs))
+        except SdloraError as problem:
+            return *[gr.skip()] * 5, markup.error(str(problem))
+        before = preset_texts(preset, places)
+        return *Fields.of(texts).all(), {"preset": before, "told": form.changes(texts, before)}, markup.note("In use.")
+
+    def load_toml(path: str) -> tuple[Any, str]:
+        try:
+            found = places.resolve(path, "File")
+            if found.suffix != ".toml":
+                raise ConfigError(f"File: {path} does not end in .toml.")
+            return found.read_text(encoding="utf-8-sig"), markup.note("Loaded; press 'Use this text'.")
+        except (OSError, UnicodeDecodeError):
+            return gr.skip(), markup.error(f"File: {path} cannot be read.")
+        except SdloraError as problem:
+            return gr.skip(), markup.error(str(problem))
+
+    def save_toml(path: str, toml: str) -> str:
+        try:
+            target = places.resolve(path, "File")
+            if target.suffix != ".toml":
+                raise ConfigError(f"File: {path} does not end in .toml.")
+            form.config_of(toml, {}, places.runs)
+            write_durably(target, toml.encode())
+        except OSError as problem:
+            return markup.error(f"File: cannot write {path}: {problem.strerror}.")
+        except SdloraError as problem:
+            return markup.error(str(problem))
+        return markup.note(f"Saved {shown(target)}.")
+
+    def tick(name: str, sent: dict[str, str]) -> tuple[Any, ...]:
+        """Only what changed since this page was last told."""
+        if not name:
+            return (*[gr.skip()] * 7, sent)
+        try:
+            run = places.run(name)
+        except SdloraError:  # deleted, by another page or by hand
+            return live.NO_RUN, "", "", "", "", gr.update(interactive=False), gr.update(interactive=False), {}
+        parts = live.parts(run)
+        word = history.status(run, history.of(run.events))
+        parts |= {"stop": str(word == "running"), "resume": str(word in ("stopped", "failed"))}
+        new = [parts[key] if sent.get(key) != parts[key] else gr.skip() for key in PARTS]
+        buttons = [gr.update(interactive=parts[key] == "True") if sent.get(key) != parts[key] else gr.skip() for key in ("stop", "resume")]
+        return *new, *buttons, parts
+
+    def stop_run(name: str) -> str:
+        try:
+            run = places.run(name)
+            if run.trained_by() is not None:
+                run.ask_to_stop()
+        except SdloraError as problem:
+            return markup.error(str(problem))
+        return ""
+
+    def resume_run(name: str) -> str:
+        try:
+            run = places.run(name)
+            run.stop_file.unlink(missing_ok=True)
+            launch.train(run)
+        except SdloraError as problem:
+            return markup.error(str(problem))
+        return ""
+
+    def remember(*values: Any) -> Told:
+        return dict(zip(("preset", "base", "folder", "trigger", "name", "told"), (*values[:-1], values[-1]["told"]), strict=True))
+
+    def recall(draft: Told) -> tuple[Any, ...]:
+        try:
+            before = preset_texts(draft["preset"], places)
+        except (KeyError, SdloraError):  # a first visit, or a preset that is gone
+            return (gr.skip(),) * 6
+        chosen = gr.update(value=draft["preset"], info=form.presets()[draft["preset"]])
+        return chosen, *(draft[key] for key in ("base", "folder", "trigger", "name")), {"preset": before, "told": draft["told"]}
+
+    def opened(request: gr.Request) -> str:
+        return request.query_params.get("run") or live.newest(places.runs)
+
+    timer = gr.Timer(1.0)
+    timer.tick(tick, [current, sent], live_parts, concurrency_limit=None, **QUIET)
+    current.change(None, current, None, js=REMEMBER)
+    current.change(tick, [current, sent], live_parts, **QUIET)
+    start.click(start_run, [dropped, *everything], [current, folder, dropped, error], api_visibility="private")
+    stop.click(stop_run, current, run_error, **QUIET)
+    resume.click(resume_run, current, run_error, **QUIET)
+    preset.input(pick, preset, everything, **QUIET)
+    show.click(show_toml, everything, [toml, config_note], **QUIET)
+    apply.click(use_toml, [toml, preset], [*fields, told, config_note], **QUIET)
+    load.click(load_toml, path, [toml, config_note], **QUIET)
+    save.click(save_toml, [path, toml], config_note, **QUIET)
+    gr.on([field.change for field in everything], remember, everything, draft, trigger_mode="always_last", **QUIET)
+    here = gr.context.Context.root_block
+    here.load(recall, draft, everything, **QUIET)
+    here.load(opened, None, current, **QUIET)
+
+
+def preset_texts(name: str, places: Places) -> form.Texts:
+    """The demo's pictures are where the program is, not where the user stands; other presets leave base and pictures to the user."""
+    texts = form.texts(form.config_of(form.preset(name), {}, places.runs))
+    if name == FIRST_PRESET:
+        return texts | {"data.folder": shown(FISH)}
+    return texts | {"model.base": "", "data.folder": ""}
+
+
+def keep(dropped: list[str], places: Places) -> Path:
+    """Copy pictures and captions that were dropped on the page into a folder of their own beside the runs."""
+    folder = places.runs / "_pictures" / f"{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
+    files = [Path(path) for path in dropped if Path(path).suffix.lower() in DROPPED]
+    if not any(path.suffix.lower() in PICTURES for path in files):
+        raise ConfigError("data.folder: there is no picture among what was dropped.")
+    folder.mkdir(parents=True)
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+    return folder
