@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from . import train
+from . import dataset, generate, runs, train
 from .paths import Places
 
 STYLE = Path(__file__).parent / "style.css"
@@ -20,9 +20,15 @@ def build(places: Places) -> gr.Blocks:
     with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(HEAD, apply_default_css=False)
         current = gr.Textbox(visible="hidden", elem_id="current")  # name of the run that is shown
-        with gr.Tabs(selected="train"):
+        with gr.Tabs(selected="train") as tabs:
             with gr.Tab("Train", id="train"):
                 train.build(places, current)
+            with gr.Tab("Runs", id="runs") as runs_tab:
+                runs.build(places, current, tabs, runs_tab)
+            with gr.Tab("Generate", id="generate"):
+                generate.build(places)
+            with gr.Tab("Dataset", id="dataset"):
+                dataset.build(places)
     return page
 
 

@@ -1,0 +1,152 @@
+"""All runs: which there are and how they stand, what tells two apart, their losses over one another, and the end of one."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import Any
+
+import gradio as gr
+
+from sdlora.errors import ConfigError, SdloraError
+from sdlora.run import Run
+
+from . import form, history, launch, live, markup, plots
+from .markup import duration, text
+from .paths import Places
+from .train import QUIET
+
+COLUMNS = ("Run", "Status", "Steps", "Loss", "Pictures", "Last word")
+COMPARED = plots.COLOURS  # loss curves that can be told apart
+
+
+def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab) -> None:
+    with gr.Column(elem_classes="sd-page"):
+        table = gr.HTML(elem_id="runs-table", apply_default_css=False)
+        with gr.Row(elem_classes="sd-tools"):
+            chosen = gr.Dropdown([], label="Run", elem_id="runs-chosen", scale=2)
+            open_ = gr.Button("Open", size="sm", elem_id="runs-open")
+            resume = gr.Button("Resume", size="sm", elem_id="runs-resume")
+            delete = gr.Button("Delete ...", size="sm", variant="stop", elem_id="runs-delete")
+        with gr.Row(visible=False, elem_classes="sd-tools", elem_id="runs-confirm") as confirming:
+            question = gr.HTML(elem_id="runs-question")
+            yes = gr.Button("Delete it for good", size="sm", variant="stop", elem_id="runs-yes")
+            no = gr.Button("Keep it", size="sm", elem_id="runs-no")
+        message = gr.HTML(elem_id="runs-message")
+        several = gr.Dropdown([], label="Compare", multiselect=True, max_choices=COMPARED, elem_id="runs-several")
+        losses = gr.HTML(elem_id="runs-losses", apply_default_css=False)
+        differences = gr.HTML(elem_id="runs-differences", apply_default_css=False)
+
+    def refresh(name: str, names: list[str]) -> tuple[Any, ...]:
+        found = {run.folder.name: run for run in listed(places)}
+        kept = [one for one in names or () if one in found]
+        return (
+            table_of(list(found.values())),
+            gr.update(choices=list(found), value=name if name in found else next(iter(found), None)),
+            gr.update(choices=list(found), value=kept),
+        )
+
+    def compare(names: list[str]) -> tuple[str, str]:
+        try:
+            found = [places.run(name) for name in names or ()]
+            return losses_of(found), differences_of(found) if len(found) >= 2 else ""
+        except SdloraError as problem:
+            return "", markup.error(str(problem))
+
+    def open_run(name: str) -> tuple[Any, ...]:
+        return (name, gr.update(selected="train")) if name else (gr.skip(), gr.skip())
+
+    def resume_run(name: str) -> str:
+        try:
+            run = places.run(name or "")
+            run.stop_file.unlink(missing_ok=True)
+            launch.train(run)
+        except SdloraError as problem:
+            return markup.error(str(problem))
+        return markup.note(f"{name} goes on.")
+
+    def ask(name: str) -> tuple[Any, str, str]:
+        try:
+            run = idle(places, name)
+        except SdloraError as problem:
+            return gr.update(visible=False), "", markup.error(str(problem))
+        return gr.update(visible=True), question_about(run), ""
+
+    def delete_run(name: str) -> tuple[Any, str]:
+        try:
+            shutil.rmtree(idle(places, name).folder)
+        except SdloraError as problem:
+            return gr.update(visible=False), markup.error(str(problem))
+        return gr.update(visible=False), markup.note(f"{name} is deleted.")
+
+    listing = [table, chosen, several]
+    tab.select(refresh, [chosen, several], listing, **QUIET)
+    gr.Timer(5.0).tick(lambda: table_of(listed(places)), None, table, **QUIET)
+    several.change(compare, several, [losses, differences], **QUIET)
+    open_.click(open_run, chosen, [current, tabs], **QUIET)
+    resume.click(resume_run, chosen, message, **QUIET).then(refresh, [chosen, several], listing, **QUIET)
+    delete.click(ask, chosen, [confirming, question, message], **QUIET)
+    no.click(lambda: gr.update(visible=False), None, confirming, **QUIET)
+    yes.click(delete_run, chosen, [confirming, message], **QUIET).then(refresh, [chosen, several], listing, **QUIET)
+
+
+def listed(places: Places) -> list[Run]:
+    """The one that last told something first."""
+    return sorted((Run(folder) for folder in live.folders(places.runs)), key=live.changed, reverse=True)
+
+
+def idle(places: Places, name: str) -> Run:
+    run = places.run(name or "")
+    if run.trained_by() is not None:
+        raise ConfigError(f"{name} is being trained: stop it first.")
+    return run
+
+
+def question_about(run: Run) -> str:
+    size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
+    return f'<p class="sd-note">Delete <b>{text(run.folder.name)}</b>, {size / 2**20:.1f} MiB with its checkpoints and its LoRA?</p>'
+
+
+# ---------------------------------------------------------------- HTML
+
+
+def table_of(found: list[Run]) -> str:
+    if not found:
+        return '<p class="sd-empty">No runs yet.</p>'
+    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
+    return f'<div class="sd-table"><table><thead><tr>{head}</tr></thead><tbody>{"".join(map(row, found))}</tbody></table></div>'
+
+
+def row(run: Run) -> str:
+    seen = history.of(run.events).look()
+    word = history.status(run, seen)
+    smooth = seen.series["smooth"].values
+    cells = (
+        f"<b>{text(run.folder.name)}</b>",
+        f'<span class="sd-badge {word}">{word}</span>',
+        f"{seen.step:,} of {seen.steps:,}" if seen.steps else "-",
+        f"{smooth[-1]:.4g}" if smooth else "-",
+        str(seen.plan.images) if seen.plan else "-",
+        f"{duration(max(0.0, time.time() - live.changed(run)))} ago",
+    )
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def losses_of(found: list[Run]) -> str:
+    seen = [history.of(run.events).look() for run in found]
+    if not seen:
+        return ""
+    lines = [plots.Line(run.folder.name, of.series["smooth"], number) for number, (run, of) in enumerate(zip(found, seen, strict=True))]
+    end = max(of.steps for of in seen)
+    return f'<div class="sd-plots wide">{plots.plot("Loss, smoothed", lines, form="{:.3g}".format, last_step=end)}</div>'
+
+
+def differences_of(found: list[Run]) -> str:
+    """Options that are not the same in all."""
+    told = [form.texts(run.config) for run in found]
+    different = [name for name in told[0] if len({of[name] for of in told}) > 1]
+    if not different:
+        return '<p class="sd-note">Their configs are the same.</p>'
+    head = "".join(f"<th>{text(run.folder.name)}</th>" for run in found)
+    body = "".join(f"<tr><td><code>{name}</code></td>{''.join(f'<td>{text(of[name])}</td>' for of in told)}</tr>" for name in different)
+    return f'<div class="sd-table"><table><thead><tr><th>Option</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
