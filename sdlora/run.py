@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ CLOCKS_DIFFER = 2.0  # seconds between two readings of when a process began, whi
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/; `lock` and `pid` say that a process trains it
-    and which, and `stop` asks that process to stop."""
+    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, lock, `pid` of the process that trains there,
+    and `stop` when it is asked to stop."""
 
     folder: Path
 
@@ -84,18 +83,16 @@ class Run:
             sweep(self.folder)
             yield
 
-    def ask_to_stop(self) -> None:
-        self.stop_file.touch()
-
-    def asked_to_stop(self) -> bool:
-        return self.stop_file.exists()
-
     @property
     def pid_file(self) -> Path:
         return self.folder / "pid"
 
+    def claim(self, pid: int) -> None:
+        """Write down for others which process trains here; the lock, not this, keeps a second one out."""
+        self.pid_file.write_text(f"{pid} {psutil.Process(pid).create_time()}\n")
+
     def trained_by(self) -> int | None:
-        """Id of the process that trains it now, None where none does."""
+        """Id of the process that trains here now, None where none does."""
         try:
             pid, began = self.pid_file.read_text().split()
             process = psutil.Process(int(pid))
@@ -105,13 +102,11 @@ class Run:
             return None
         return process.pid if lives else None
 
-    def claim(self, pid: int) -> None:
-        """Write down that this process trains it. Raises TrainingError where another one does; the own parent is none, as the python
-        of a virtual environment starts another on Windows."""
-        other = self.trained_by()
-        if other not in (None, pid, os.getppid()):
-            raise TrainingError(f"{self.folder} is being trained already, by process {other}: stop that first.")
-        self.pid_file.write_text(f"{pid} {psutil.Process(pid).create_time()}\n")
+    def ask_to_stop(self) -> None:
+        self.stop_file.touch()
+
+    def asked_to_stop(self) -> bool:
+        return self.stop_file.exists()
 
 
 def create(config: Config) -> Run:

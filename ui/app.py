@@ -36,4 +36,5 @@ def theme() -> gr.Theme:
     sizes = {"spacing_size": "sm", "radius_size": "md", "text_size": "md"}
     base = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=FONT, font_mono=MONO, **sizes)
     # White on a teal that is dark enough to read it on.
-    return base.set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
+    fills = {"button_primary_background_fill": "*primary_700", "button_primary_background_fill_hover": "*primary_800"}
+    return base.set(**fills, **{f"{name}_dark": fill for name, fill in fills.items()})

@@ -4,7 +4,8 @@ const show = () => captions().forEach((field) => (field.value = field.dataset.ca
 
 element.addEventListener("change", async (event) => {
   const field = event.target;
-  const problem = await server.write_one(element.querySelector("[data-folder]").dataset.folder, field.dataset.name, field.value);
+  const folder = element.querySelector("[data-folder]").dataset.folder;
+  const problem = await server.write_one({ folder, name: field.dataset.name, caption: field.value });
   field.closest("figure").querySelector("output").textContent = problem || "Saved";
   field.closest("figure").classList.toggle("wrong", Boolean(problem));
   if (!problem) field.dataset.caption = field.value;

@@ -19,10 +19,10 @@ SCRIPT = (Path(__file__).parent / "dataset.js").read_text(encoding="utf-8")
 
 
 def build(places: Places) -> None:
-    def write_one(folder: str, name: str, caption: str) -> str:
+    def write_one(told: dict[str, str]) -> str:
         """What is wrong, "" for nothing; called by dataset.js."""
         try:
-            captions.write(places, str(folder), {str(name): str(caption)})
+            captions.write(places, told["folder"], {told["name"]: told["caption"]})
         except SdloraError as problem:
             return str(problem)
         return ""

@@ -122,8 +122,11 @@ def gallery(out: Path, busy: bool) -> str:
 
 
 def figure(path: Path) -> str:
-    with Image.open(path, formats=("PNG",)) as picture:
-        parameters, is_small = picture.info.get("parameters", ""), max(picture.size) <= SMALL_SIDE
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            parameters, is_small = picture.info.get("parameters", ""), max(picture.size) <= SMALL_SIDE
+    except (OSError, SyntaxError):  # it is being written
+        return ""
     url = text(file_url(path))
     lines = parameters.split("\n")
     about = "".join(f"<span>{text(line)}</span>" for line in lines[1:])

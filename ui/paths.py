@@ -62,12 +62,12 @@ class Places:
         if ":" in text[len(as_windows.drive) :] or (os.name == "posix" and as_windows.drive):
             raise ConfigError(f"{field}: {text} has a colon in it.")
         path = Path(os.path.realpath(text))
-        for root in self.roots:
-            if path.is_relative_to(root):
-                if any(part.startswith(".") for part in path.relative_to(root).parts):
-                    raise ConfigError(f"{field}: {text} is hidden, and what is hidden is left alone.")
-                return path
-        raise ConfigError(f"{field}: {text} lies outside of what this page may use; start it again with --roots {path.parent}.")
+        below = [path.relative_to(root).parts for root in self.roots if path.is_relative_to(root)]
+        if not below:
+            raise ConfigError(f"{field}: {text} lies outside of what this page may use; start it again with --roots {path.parent}.")
+        if all(any(part.startswith(".") for part in parts) for parts in below):
+            raise ConfigError(f"{field}: {text} is hidden, and what is hidden is left alone.")
+        return path
 
     def folder(self, text: str, field: str) -> Path:
         """As `resolve`, of a folder that exists."""

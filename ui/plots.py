@@ -55,7 +55,7 @@ def plot(title: str, lines: Sequence[Line], *, bands: Sequence[Band] = (), form:
         back = Series(band.low.steps[::-1], band.low.values[::-1])
         shapes.append(f'<polygon class="band c{band.colour}" points="{points(band.high)} {points(back)}"/>')
     for line in drawn:
-        shapes.append(f'<polyline class="c{line.colour}{" faint" if line.faint else ""}" points="{points(line.series)}"/>')
+        shapes.append(f'<polyline class="c{line.colour}{look(line)}" points="{points(line.series)}"/>')
     key = "".join(
         f'<span class="c{line.colour}{" faint" if line.faint else ""}"><i></i>{text(line.name)} {text(form(line.series.values[-1]))}</span>'
         for line in drawn
@@ -68,6 +68,11 @@ def plot(title: str, lines: Sequence[Line], *, bands: Sequence[Band] = (), form:
         f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" aria-hidden="true">{"".join(shapes)}</svg></div>'
         f'<div class="steps"><span>0</span><span>{end:,} steps</span></div></figure>'
     )
+
+
+def look(line: Line) -> str:
+    """Its further classes."""
+    return (" faint" if line.faint else "") + (" dot" if len(line.series.steps) == 1 else "")
 
 
 def nice_ticks(low: float, high: float) -> list[float]:

@@ -38,6 +38,8 @@ def test_a_picture_is_shown_with_its_parameters_as_text(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "00000.png", pnginfo=info)
     shown = figure(tmp_path / "00000.png")
     assert "&lt;b&gt;cat&lt;/b&gt; &lt;lora:x:1&gt;" in shown and "<b>cat" not in shown and "Steps: 20, Seed: 3" in shown
+    (tmp_path / "00001.png").write_bytes((tmp_path / "00000.png").read_bytes()[:10])
+    assert gallery(tmp_path, False).count("<figure") == 1, "one is still being written"
     assert "Being drawn" in gallery(tmp_path, True) and "Being drawn" not in gallery(tmp_path, False)
     (tmp_path / "log.txt").write_text("x\nsdlora: No such file.\n\n")
     assert last_line(tmp_path / "log.txt") == "No such file."

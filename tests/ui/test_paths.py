@@ -100,6 +100,16 @@ def test_what_lies_below_a_root_is_found(places: Places) -> None:
     assert places.resolve("pictures/new", "f") == root / "pictures/new", "what is yet to be made"
 
 
+def test_a_root_may_lie_in_a_hidden_folder_of_another(places: Places) -> None:
+    """As the shipped pictures do in the `.venv` of the folder where the page is started."""
+    inside = places.roots[0] / ".venv" / "fish"
+    inside.mkdir(parents=True)
+    both = Places.at(places.runs, [places.roots[0], inside])
+    assert both.resolve(".venv/fish/a.png", "field") == inside / "a.png"
+    with pytest.raises(SdloraError, match="hidden"):
+        both.resolve(".venv/other", "field")
+
+
 @pytest.mark.parametrize("text", TRAVERSALS)
 def test_text_that_leads_elsewhere_is_refused(places: Places, text: str) -> None:
     with pytest.raises(SdloraError):
