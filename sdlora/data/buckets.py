@@ -72,7 +72,7 @@ def place(
         bucket_height = _floor(min(height, longest, resolution**2 // max(bucket_width, 1)), step)
         if not bucket_width or not bucket_height:
             raise DataError(
-                f"A picture of {width}x{height} pixels has a side below the bucket step of {step}; allow upscaling or leave it out."
+                f"A picture of {width}x{height} pixels has a side below the bucket step of {step}; set data.upscale = true or leave it out."
             )
         bucket, resized = (bucket_width, bucket_height), size
     elif bucket[0] * height >= bucket[1] * width:  # the width needs the larger scale

@@ -54,7 +54,7 @@ def check(
     scales: dict[Path, float] = {}
     for example, placed in places:
         scales[example.path] = max(scales.get(example.path, 0.0), enlargement(example.size, placed))
-    lengths = {path: tokens(example.caption) for path, example in examples.items()}
+    lengths = {path: max(tokens(line) for line in example.caption.split("\n")) for path, example in examples.items()}
     by_digest: dict[str, list[Path]] = {}
     for path, example in examples.items():
         by_digest.setdefault(example.digest, []).append(path)
@@ -144,17 +144,23 @@ def short(report: Report) -> Iterator[str]:
 
 
 def _findings(report: Report) -> dict[str, list[str]]:
+    folders = {path.parent for path in report.sizes}
+
+    def name(path: Path) -> str:
+        """Alone where all pictures lie together, as names may be the same in several folders."""
+        return path.name if len(folders) == 1 else str(path)
+
     return {
-        "Exact copies": [" = ".join(path.name for path in same) for same in report.copies],
-        "Pictures that look alike": [", ".join(path.name for path in alike) for alike in report.alike],
+        "Exact copies": [" = ".join(name(path) for path in same) for same in report.copies],
+        "Pictures that look alike": [", ".join(name(path) for path in alike) for alike in report.alike],
         "Pictures smaller than their bucket, so enlarged": [
-            f"{path.name}, {_size(report.sizes[path])}, {scale:.2f} times"
+            f"{name(path)}, {_size(report.sizes[path])}, {scale:.2f} times"
             for path, scale in sorted(report.enlarged.items(), key=lambda entry: -entry[1])
         ],
-        "Empty captions": [path.name for path in report.uncaptioned],
-        f"Captions longer than {report.max_tokens} tokens": [f"{path.name}, {length}" for path, length in report.overlong.items()],
-        "Pictures that are not used": [f"{path.name}: {reason}" for path, reason in report.unreadable],
-        "Other files that are not used": [f"{path.name}: {reason}" for path, reason in report.unused],
+        "Empty captions": [name(path) for path in report.uncaptioned],
+        f"Captions longer than {report.max_tokens} tokens": [f"{name(path)}, {length}" for path, length in report.overlong.items()],
+        "Pictures that are not used": [f"{name(path)}: {reason}" for path, reason in report.unreadable],
+        "Other files that are not used": [f"{name(path)}: {reason}" for path, reason in report.unused],
     }
 
 

@@ -24,8 +24,10 @@ from sdlora.data.metadata import leads_out
 from sdlora.errors import DataError
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # in this order under "auto"
-# Files that belong in a folder of pictures without being one: left out without a word, as is everything that begins with a dot.
 MASK_SUFFIX = "-masklabel"  # of the stem, as OneTrainer names masks
+DATASET_SUFFIXES = frozenset({".parquet", ".arrow"})
+TABLE_SUFFIXES = frozenset({".json", ".jsonl", ".csv"})
+# Files that belong in a folder of pictures without being one: left out without a word, as is everything that begins with a dot.
 STRAY_STEMS = frozenset({"thumbs", "desktop", "license", "licence", "readme", "copying", "notice", "credits"})
 KOHYA_NAME = re.compile(r"([1-9]\d{0,3})_(.*\S.*)")  # repeats, and what the pictures show; more digits would be a date
 LEADS_OUT = "it is a link that leads out of the folder"
@@ -81,7 +83,9 @@ def find_subsets(folder: Path) -> tuple[list[Subset], list[tuple[Path, str]]]:
     kohya = {path: match for path in subfolders if (match := KOHYA_NAME.fullmatch(path.name))}
     if not kohya or any(path.suffix.lower() in IMAGE_SUFFIXES or path.name in metadata.NAMES for path in files):
         return [Subset(folder)], []
-    skipped = [(path, "its name does not begin with <repeats>_, as those beside it do") for path in subfolders if path not in kohya]
+    skipped = [
+        (path, "its name is not of the form <repeats>_<token> <class>, as those beside it") for path in subfolders if path not in kohya
+    ]
     skipped += [(path, "not in one of the <repeats>_ folders") for path in files if path.stem.lower() not in STRAY_STEMS]
     return [Subset(path, int(match[1]), match[2].strip()) for path, match in kohya.items()], skipped
 
@@ -144,7 +148,7 @@ def find_examples(
             unreadable.append((path, size))
             continue
         beside = [sidecars[_place(path), suffix] for suffix in suffixes if (_place(path), suffix) in sidecars]
-        written = {sidecar: read_caption(sidecar, separator) for sidecar in beside}
+        written = {sidecar: _read(sidecar, separator, refuse) for sidecar in beside}
         sources = ({table.path: named.get(path, "")} if table else {}) | written
         source, caption = next(((source, text) for source, text in sources.items() if text), (None, ""))
         if source is not None:
@@ -180,6 +184,14 @@ def find_examples(
     else:
         skipped += [(path, "a mask; set data.masks = 'file' to use it") for path in mask_files]
     return Found(tuple(examples), tuple(skipped + _left_over(files, suffixes, passed_over)))
+
+
+def _read(sidecar: Path, separator: str, refuse: Refuse) -> str:
+    try:
+        return read_caption(sidecar, separator)
+    except DataError as error:
+        refuse(str(error))
+        return "?"  # a check goes on, and does not say of this picture that it has no caption
 
 
 def _place(path: Path) -> Path:
@@ -275,7 +287,8 @@ def _digest(path: Path) -> str:
 
 def _left_over(files: Sequence[Path], suffixes: Sequence[str], passed_over: Mapping[Path, Path]) -> list[tuple[Path, str]]:
     """The files that are neither picture nor caption of one, each with the reason; strays are not worth a line."""
-    places = {_place(path) for path in files if _is_picture(path)}
+    pictures = {path for path in files if _is_picture(path)}
+    places = {_place(path) for path in pictures}
     left_over = []
     for path in files:
         is_caption = path.suffix.lower() in suffixes
@@ -283,6 +296,11 @@ def _left_over(files: Sequence[Path], suffixes: Sequence[str], passed_over: Mapp
             left_over.append((path, f"the caption is taken from {passed_over[path].name}"))
         elif _is_picture(path) or (is_caption and _place(path) in places):
             continue  # used, or its picture is listed, as unreadable
+        elif is_caption and path.with_suffix("") in pictures:
+            right = path.with_suffix("").with_suffix(path.suffix).name
+            left_over.append((path, f"a caption's name leaves the extension of its picture out: call it {right}"))
+        elif path.suffix.lower() in TABLE_SUFFIXES:
+            left_over.append((path, f"a table of captions is read where it is called {' or '.join(metadata.NAMES)}"))
         elif path.stem.lower() not in STRAY_STEMS:
             left_over.append((path, "a caption without a picture of the same name" if is_caption else "not a picture"))
     return left_over
@@ -301,15 +319,18 @@ def _refuse_shared_captions(pictures: Sequence[Path], sidecars: Sequence[Path], 
 
 def _contents(files: Sequence[Path], subfolders: Sequence[Path]) -> str:
     """What a folder without pictures has instead: "it holds 3 .txt, 1 .psd; subfolders: a, b"."""
-    counts = Counter(path.suffix.lower() or "without extension" for path in files).most_common()
+    counts = Counter(path.suffix.lower() or "without extension" for path in files)
     parts = []
     if counts:
-        parts.append("it holds " + ", ".join(f"{count} {suffix}" for suffix, count in counts))
+        parts.append("it holds " + ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common()))
     if subfolders:
         more = ", ..." if len(subfolders) > NAMED_IN_MESSAGES else ""
         parts.append(
-            f"subfolders: {', '.join(path.name for path in subfolders[:NAMED_IN_MESSAGES])}{more} (give one of them, they are not searched)"
+            f"subfolders: {', '.join(path.name for path in subfolders[:NAMED_IN_MESSAGES])}{more} (they are not searched: give one of them,"
+            " or several as [[data.sets]])"
         )
+    if counts.keys() & DATASET_SUFFIXES:
+        parts.append("a dataset is read as Hugging Face's library saves it: open it there, and give the folder of its save_to_disk")
     return "; ".join(parts) or "it is empty"
 
 

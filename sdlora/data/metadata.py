@@ -96,7 +96,7 @@ def _inside(folder: Path, name: str, place: str) -> Path:
     as_windows = PureWindowsPath(name)  # which takes both kinds of slash
     if as_windows.anchor or ".." in as_windows.parts or "\0" in name:
         raise DataError(f"{place}: file_name {name!r} leads out of the folder; name pictures inside it, without '..'.")
-    path = folder / name
+    path = folder.joinpath(*as_windows.parts)  # so that a table made on Windows reads the same everywhere
     if leads_out(path, folder):
         raise DataError(f"{place}: file_name {name!r} is a link that leads out of the folder; put a copy of the picture there.")
     return path
@@ -114,6 +114,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
+        names = reader.fieldnames
+        if names is not None and "file_name" not in names:  # as where semicolons stand between them
+            raise DataError(
+                f"{path} has no column called file_name: write the names of its columns into its first line, with commas between."
+            )
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:

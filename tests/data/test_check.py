@@ -61,6 +61,17 @@ def test_a_report_by_hand() -> None:
     ]
 
 
+def test_names_that_several_folders_have_are_told_with_their_folders() -> None:
+    places = [example("1_cat/a.png", digest="same", caption=""), example("2_dog/a.png", digest="same")]
+    page = "\n".join(lines(check(places, [], tokens=words)))
+    assert "1_cat/a.png = 2_dog/a.png" in page.replace("\\", "/") and "Empty captions (1):\n  1_cat" in page
+
+
+def test_lines_to_pick_from_are_measured_one_by_one() -> None:
+    places = [example("a.png", caption="word " * 50 + "\n" + "word " * 60), example("b.png", caption="word " * 5 + "\n" + "word " * 80)]
+    assert check(places, [], tokens=words).overlong == {Path("b.png"): 80}
+
+
 def test_nothing_to_say_is_not_said() -> None:
     report = check([example("a.png")], [], tokens=words)
     assert list(short(report)) == []

@@ -68,9 +68,9 @@ def test_a_caption_belongs_to_the_exact_stem(tmp_path: Path) -> None:
         (tmp_path / near).write_text("a dog")
     found = find(tmp_path, missing_caption="empty")
     assert captions(found)["dog.png"] == ""
-    assert reasons(found) == dict.fromkeys(
-        ["dog.png.txt", "Dog.txt", "dog_.txt", "dog .txt"], "a caption without a picture of the same name"
-    )
+    assert reasons(found) == dict.fromkeys(["Dog.txt", "dog_.txt", "dog .txt"], "a caption without a picture of the same name") | {
+        "dog.png.txt": "a caption's name leaves the extension of its picture out: call it dog.txt"
+    }
 
 
 def test_txt_comes_before_caption_and_the_other_is_told(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_folder_without_pictures_says_what_it_holds(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    with pytest.raises(DataError, match=r"it holds 3 .txt, 1 .psd, 1 without extension; subfolders: one, two \(give one of them"):
+    with pytest.raises(DataError, match=r"it holds 3 .txt, 1 .psd, 1 without extension; subfolders: one, two \(they are not searched"):
         find(tmp_path)
 
 
@@ -288,7 +288,7 @@ def test_kohyas_subfolders_are_sets_with_their_repeats_and_captions(tmp_path: Pa
     (tmp_path / "README.md").write_text("x")
     subsets, left_out = find_subsets(tmp_path)
     assert subsets == [Subset(tmp_path / "2_my_style ", 2, "my_style"), Subset(tmp_path / "10_ohwx cat", 10, "ohwx cat")]
-    other = "its name does not begin with <repeats>_, as those beside it do"
+    other = "its name is not of the form <repeats>_<token> <class>, as those beside it"
     assert {path.name: reason for path, reason in left_out} == dict.fromkeys(["1_", "0_no", "cats", "3x_cat", "20240101_trip"], other) | {
         "sample.txt": "not in one of the <repeats>_ folders"
     }
@@ -330,3 +330,33 @@ def test_the_cap_on_pixels_names_its_option(tmp_path: Path) -> None:
     assert find(tmp_path, missing_caption="empty", max_pixels=1200).examples
     with pytest.raises(DataError, match=r"a\.png cannot be read: it has 40x30 pixels, above data\.max_pixels = 1199"):
         find(tmp_path, missing_caption="empty", max_pixels=1199)
+
+
+def test_captions_that_are_no_text_are_all_told_where_a_check_asks(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        captioned(tmp_path, name)
+    for name in ("a.txt", "c.txt"):
+        (tmp_path / name).write_bytes("Kätzchen".encode("latin-1"))
+    told: list[str] = []
+    found = find(tmp_path, refuse=told.append)
+    assert len(found.examples) == 3 and captions(found)["b.png"] == "a cat"
+    assert [sentence.split(" is not UTF-8")[0] for sentence in told] == [str(tmp_path / "a.txt"), str(tmp_path / "c.txt")]
+    with pytest.raises(DataError, match=r"a\.txt is not UTF-8"):
+        find(tmp_path)
+
+
+def test_what_could_have_been_meant_is_told(tmp_path: Path) -> None:
+    captioned(tmp_path, "a.png")
+    for name in ("captions.jsonl", "metadata.json", "Metadata.CSV"):
+        (tmp_path / name).write_text("{}")
+    table = "a table of captions is read where it is called metadata.jsonl or metadata.csv"
+    assert reasons(find(tmp_path)) == dict.fromkeys(["captions.jsonl", "metadata.json", "Metadata.CSV"], table)
+    other = tmp_path / "other"
+    (other / "cats").mkdir(parents=True)
+    with pytest.raises(
+        DataError, match=r"subfolders: cats \(they are not searched: give one of them, or several as \[\[data\.sets\]\]\)\.$"
+    ):
+        find(other)
+    (other / "train.parquet").touch()
+    with pytest.raises(DataError, match=r"it holds 1 \.parquet; .*a dataset is read as .* save_to_disk\.$"):
+        find(other)

@@ -131,6 +131,17 @@ def test_rows_that_cannot_be_read_are_refused_by_line(tmp_path: Path, content: s
         read_table(tmp_path)
 
 
+def test_names_that_windows_wrote_are_read_everywhere(tmp_path: Path) -> None:
+    write(tmp_path, [{"file_name": "sub\\a.png", "text": "a"}, {"file_name": ".\\b.png", "text": "b"}], ("sub/a.png", "b.png"))
+    assert captions(tmp_path) == {"sub/a.png": "a", "b.png": "b"}
+
+
+def test_a_csv_without_commas_is_refused_by_its_first_line(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text("file_name;text\na.png;a cat\n")
+    with pytest.raises(DataError, match=r"metadata\.csv has no column called file_name: .* first line, with commas"):
+        read_table(tmp_path)
+
+
 def test_a_broken_csv_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"' + "x" * 200_000)
     with pytest.raises(DataError, match="is not CSV"):
