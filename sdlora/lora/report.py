@@ -102,7 +102,9 @@ def inspect(path: Path) -> Report:
             unread=tuple(unread),
             metadata=file.metadata,
             about={
-                what: found for what, keys in ABOUT.items() if (found := next((file.metadata[k] for k in keys if file.metadata.get(k)), ""))
+                what: found
+                for what, keys in ABOUT.items()
+                if (found := next((said for k in keys if (said := file.metadata.get(k, "None")) not in ("", "None")), ""))  # kohya's "off"
             },
             tags=_tags(file.metadata),
             readers=tuple(readers(file.family, naming, kinds, layers)),
