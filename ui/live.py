@@ -69,14 +69,17 @@ def figures(seen: History, word: str) -> list[str]:
 
 def result(run: Run, seen: History) -> str:
     """The exported file, once there is one."""
-    if seen.exported is None or not run.export.is_file():
+    if seen.exported is None:
         return ""
-    size = run.export.stat().st_size / 2**20
+    file = run.folder / Path(seen.exported.path).name  # the folder may have been moved
+    if not file.is_file():
+        return ""
+    size = file.stat().st_size / 2**20
     lost = f" It leaves out {seen.exported.lost:.2%} of the change, most of {seen.exported.worst}." if seen.exported.lost else ""
     return (
-        f'<section class="sd-result"><a class="sd-download" href="{text(file_url(run.export))}" download>'
-        f"Download {text(run.export.name)}</a><span>{size:.1f} MiB, after step {seen.exported.step:,}.{text(lost)}</span>"
-        f"<code>{text(shown(run.export))}</code></section>"
+        f'<section class="sd-result"><a class="sd-download" href="{text(file_url(file))}" download>'
+        f"Download {text(file.name)}</a><span>{size:.1f} MiB, after step {seen.exported.step:,}.{text(lost)}</span>"
+        f"<code>{text(shown(file))}</code></section>"
     )
 
 

@@ -53,6 +53,9 @@ def test_steps_that_were_lost_are_taken_back(tmp_path: Path) -> None:
     seen = History(path).look()
     assert seen.series["loss"].steps == [1, 2] and seen.series["loss"].values == [1.0, 5.0]
     assert seen.series["alpha_50"].steps == []
+    with path.open("a") as file:
+        file.write(line(step(1, 9.0)))
+    assert seen.look().series["loss"].values == [9.0], "killed before its first checkpoint"
 
 
 def test_thinned_keeps_both_ends_and_few_points() -> None:
