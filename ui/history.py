@@ -61,6 +61,7 @@ class History:
         self.series = _series(*STEPPED, *ALPHAS, "pinned")
         self.plan: events.Planned | None = None
         self.warnings: list[str] = []
+        self.unknown = 0  # events that this version cannot read
         self.cached: events.Cached | None = None
         self.steps = 0  # that it is to take
         self.exported: events.Exported | None = None
@@ -81,7 +82,12 @@ class History:
             whole = new[: new.rfind(b"\n") + 1]
             self.offset += len(whole)
             for line in whole.splitlines():
-                self.add(events.parse(line.decode()))
+                try:
+                    event = events.parse(line.decode())
+                except (ValueError, KeyError, TypeError):  # of another version, whose other events still tell of the run
+                    self.unknown += 1
+                else:
+                    self.add(event)
             return self
 
     def add(self, event: events.Event) -> None:
