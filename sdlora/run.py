@@ -21,8 +21,7 @@ CLOCKS_DIFFER = 2.0  # seconds between two readings of when a process began, whi
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, lock, `pid` of the process that trains there,
-    and `stop` when it is asked to stop."""
+    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, lock, pid, and `stop` once it is asked to."""
 
     folder: Path
 

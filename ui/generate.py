@@ -61,8 +61,9 @@ def build(places: Places) -> None:
                 raise ConfigError("A picture is being drawn: wait for it.")
             line = prompt_line(*told)
             if base != BUILT_IN:
-                base = str(places.resolve(base, "Base model"))
-            arguments = ["generate", "--base", base, "--out", str(out), "--prompts", str(out / "prompts.txt")]
+                path = places.resolve(base, "Base model")
+                base = str(path) if path.exists() else base.strip()  # or a hub's owner/name
+            arguments = ["generate", f"--base={base}", "--out", str(out), "--prompts", str(out / "prompts.txt")]
             for number, (path, strength) in enumerate(((first, strength_1), (second, strength_2), (third, strength_3)), 1):
                 if path:
                     file = places.resolve(path, f"LoRA {number}")

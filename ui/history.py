@@ -61,9 +61,9 @@ class History:
         self.series = _series(*STEPPED, *ALPHAS, "pinned")
         self.plan: events.Planned | None = None
         self.warnings: list[str] = []
+        self.unknown = 0  # events that this version cannot read
         self.cached: events.Cached | None = None
         self.steps = 0  # that it is to take
-        self.previews: list[int] = []  # steps
         self.exported: events.Exported | None = None
         self.last: events.Event | None = None
 
@@ -82,7 +82,12 @@ class History:
             whole = new[: new.rfind(b"\n") + 1]
             self.offset += len(whole)
             for line in whole.splitlines():
-                self.add(events.parse(line.decode()))
+                try:
+                    event = events.parse(line.decode())
+                except (ValueError, KeyError, TypeError):  # of another version, whose other events still tell of the run
+                    self.unknown += 1
+                else:
+                    self.add(event)
             return self
 
     def add(self, event: events.Event) -> None:
@@ -90,16 +95,16 @@ class History:
         self.last = event
         match event:
             case events.Planned():
-                self.plan, self.steps, self.warnings, self.cached = event, event.steps, [], None
+                self.plan, self.steps, self.warnings, self.cached = event, event.steps, [*event.assumed], None
             case events.Warned(message=message):
                 self.warnings.append(message)
             case events.Cached():
                 self.cached = event
             case events.Resumed(step=step):
-                for series in self.series.values():
-                    series.cut(step)
-                self.previews = [at for at in self.previews if at <= step]
+                self.cut(step)
             case events.Stepped():
+                if event.step <= self.step:  # it was killed before its first checkpoint, and starts anew
+                    self.cut(event.step - 1)
                 before = self.series["smooth"].values
                 smooth = SMOOTHING * before[-1] + (1 - SMOOTHING) * event.loss if before else event.loss
                 drift, worst = event.embedding_norm_drift, event.embedding_norm_drift_worst
@@ -111,10 +116,13 @@ class History:
                     self.series[name].add(event.step, value)
                 if event.pinned_drift is not None:
                     self.series["pinned"].add(event.step, event.pinned_drift)
-            case events.Previewed(step=step):
-                self.previews.append(step)
             case events.Exported():
                 self.exported = event
+
+    def cut(self, step: int) -> None:
+        """Steps behind this one were lost."""
+        for series in self.series.values():
+            series.cut(step)
 
     @property
     def step(self) -> int:

@@ -37,7 +37,10 @@ def parts(run: Run) -> dict[str, str]:
 
 def status(run: Run, seen: History, word: str) -> str:
     share = seen.step / seen.steps if seen.steps else 0.0
-    warnings = "".join(f"<li>{text(message)}</li>" for message in seen.warnings)
+    notes = (
+        [*seen.warnings, f"{seen.unknown} events are of another version of sdlora, and left out here."] if seen.unknown else seen.warnings
+    )
+    warnings = "".join(f"<li>{text(message)}</li>" for message in notes)
     return (
         f'<section class="sd-status {word}">'
         f'<header><b>{text(run.folder.name)}</b><span class="sd-badge {word}">{WORDS[word]}</span></header>'
@@ -45,16 +48,16 @@ def status(run: Run, seen: History, word: str) -> str:
         f'<i style="width:{100 * share:.1f}%"></i></div>'
         f'<p class="sd-figures">{" ".join(f"<span>{text(of)}</span>" for of in figures(seen, word))}</p>'
         + (f'<p class="sd-error" role="alert">{text(history.reason(seen))}</p>' if word == "failed" else "")
-        + (f'<details class="sd-warnings"><summary>{len(seen.warnings)} notes</summary><ul>{warnings}</ul></details>' if warnings else "")
+        + (f'<details class="sd-warnings"><summary>{len(notes)} notes</summary><ul>{warnings}</ul></details>' if warnings else "")
         + "</section>"
     )
 
 
 def figures(seen: History, word: str) -> list[str]:
     """What is going on, in a few words each."""
-    if seen.plan is None:
-        return ["Loading the model ..."] if word == "running" else []
     told = []
+    if word == "running" and not seen.count:
+        told.append("Loading the model ...")
     if seen.step:
         told.append(f"Step {seen.step:,} of {seen.steps:,}")
     elif seen.cached is not None:
@@ -63,20 +66,25 @@ def figures(seen: History, word: str) -> list[str]:
     if word == "running" and left is not None:
         told += [f"{duration(left)} left", f"{seen.series['seconds'].values[-1]:.2f} s a step"]
     plan = seen.plan
+    if plan is None:
+        return told
     memory = f"about {plan.memory_bytes / 2**30:.1f} GiB on {plan.device}"
     return [*told, f"{plan.images} pictures", f"{sum(plan.layers.values())} layers", memory]
 
 
 def result(run: Run, seen: History) -> str:
     """The exported file, once there is one."""
-    if seen.exported is None or not run.export.is_file():
+    if seen.exported is None:
         return ""
-    size = run.export.stat().st_size / 2**20
+    file = run.folder / Path(seen.exported.path).name  # the folder may have been moved
+    if not file.is_file():
+        return ""
+    size = file.stat().st_size / 2**20
     lost = f" It leaves out {seen.exported.lost:.2%} of the change, most of {seen.exported.worst}." if seen.exported.lost else ""
     return (
-        f'<section class="sd-result"><a class="sd-download" href="{text(file_url(run.export))}" download>'
-        f"Download {text(run.export.name)}</a><span>{size:.1f} MiB, after step {seen.exported.step:,}.{text(lost)}</span>"
-        f"<code>{text(shown(run.export))}</code></section>"
+        f'<section class="sd-result"><a class="sd-download" href="{text(file_url(file))}" download>'
+        f"Download {text(file.name)}</a><span>{size:.1f} MiB, after step {seen.exported.step:,}.{text(lost)}</span>"
+        f"<code>{text(shown(file))}</code></section>"
     )
 
 

@@ -86,6 +86,8 @@ class Places:
         """Every path in a config. Raises ConfigError."""
         if config.model.base != BUILT_IN:
             self.resolve(config.model.base, "model.base")
+        if config.model.vae is not None:
+            self.resolve(config.model.vae, "model.vae")
         for name, section in config:
             for key, value in section:
                 if isinstance(value, Path):

@@ -57,7 +57,7 @@ def build(places: Places, current: gr.Textbox) -> None:
     with gr.Row(elem_classes="sd-train"):
         with gr.Column(scale=2, min_width=320, elem_classes="sd-card"):
             preset = gr.Dropdown([*form.presets()], value=FIRST_PRESET, label="Preset", info=form.presets()[FIRST_PRESET], elem_id="preset")
-            base = gr.Textbox(own.base, label="Base model", info="mini, the one built in, or the path of a model", elem_id="base")
+            base = gr.Textbox(own.base, label="Base model", info="mini, the one built in, or a checkpoint or folder", elem_id="base")
             folder = gr.Textbox(own.folder, label="Folder of pictures", elem_id="folder")
             dropped = gr.File(
                 label="or drop pictures and captions here",

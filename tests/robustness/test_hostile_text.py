@@ -100,7 +100,7 @@ def test_the_hook_sees_look_ups_and_connections(ran: Ran, tmp_path: Path) -> Non
 def test_nothing_is_written_elsewhere(ran: Ran) -> None:
     assert {path.name for path in ran.folder.iterdir()} == {"tiny", "hook", "pictures", "runs", "drawn"}
     assert {path.name for path in ran.run.parent.iterdir()} == {"hostile", "_cache"}
-    known = {"config.toml", "plan.json", "events.jsonl", "run.log", "previews", "checkpoints", "hostile.safetensors"}
+    known = {"config.toml", "plan.json", "events.jsonl", "run.log", "previews", "checkpoints", "lock", "pid", "hostile.safetensors"}
     assert {path.name for path in ran.run.iterdir()} <= known
     pictures = {path.name for path in (ran.run / "previews").iterdir()}
     assert all(re.fullmatch(r"\d{8}-0[01]\.png|step-\d{8}\.png|before-after\.png", name) for name in pictures)

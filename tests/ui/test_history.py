@@ -53,6 +53,16 @@ def test_steps_that_were_lost_are_taken_back(tmp_path: Path) -> None:
     seen = History(path).look()
     assert seen.series["loss"].steps == [1, 2] and seen.series["loss"].values == [1.0, 5.0]
     assert seen.series["alpha_50"].steps == []
+    with path.open("a") as file:
+        file.write(line(step(1, 9.0)))
+    assert seen.look().series["loss"].values == [9.0], "killed before its first checkpoint"
+
+
+def test_events_of_another_version_are_left_out_and_counted(place: run.Run) -> None:
+    odd = ['{"event": "Unheard", "time": 0.0}', '{"event": "Planned", "time": 0.0, "images": 3}', "no JSON", "[]", '{"event": "Stopped"}']
+    place.events.write_text("".join(f"{one}\n" for one in odd) + line(step(2, 1.0)))
+    status = live.parts(place)["status"]
+    assert "5 events are of another version" in status and "Step 2 of 100" in status
 
 
 def test_thinned_keeps_both_ends_and_few_points() -> None:
