@@ -389,7 +389,7 @@ STAGES: dict[str, tuple[Any, str, int]] = {
     "at its manifest": (checkpoint, "write_synced", 5),
     "in a step, so that events wait": (Objective, "__call__", 5),
     "at the last checkpoint": (checkpoint, "write_synced", 18),
-    "at the export": (formats, "write_durably", 1),
+    "at the export": (formats, "write", 1),
     "at a preview": (preview, "save_picture", 2),
 }
 DISK = 3 * 2**20  # bytes
