@@ -129,9 +129,11 @@ def test_hostile_shards_are_named_and_give_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("checksum", [None, torch.tensor([1, 2]), torch.tensor(1.5), torch.tensor(0)])
 def test_a_shard_with_a_wrong_checksum_gives_nothing(tmp_path: Path, checksum: torch.Tensor | None) -> None:
     entries = {"k/mean": torch.ones(3)} | ({} if checksum is None else {"k/crc32": checksum})
-    save_file(entries, tmp_path / "1.safetensors", {"sdlora_cache": "2"})
-    assert TensorCache(tmp_path, "mini").get("k") is None
-    assert survey(tmp_path.parent)[0].models == ("another program's",)
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    save_file(entries, folder / "1.safetensors", {"sdlora_cache": "2"})
+    assert TensorCache(folder, "mini").get("k") is None
+    assert [held.models for held in survey(tmp_path)] == [("another program's",)]
 
 
 def test_memory_stays_small(tmp_path: Path) -> None:
