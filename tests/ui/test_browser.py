@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if not os.environ.get("SDLORA_BROWSER"):
+    pytest.skip("set SDLORA_BROWSER=1 to test the page in a browser, which takes minutes", allow_module_level=True)
 if CHROMIUM is None:
     pytest.skip("there is no chromium: install it to test the page in a browser", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
