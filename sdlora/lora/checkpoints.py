@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +82,7 @@ class Checkpoint:
             config = json.loads((self.path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
             return str(config.get("prediction_type", "epsilon"))
         header = self.headers[self.path]
-        if "v_pred" in header.entries or header.metadata.get("modelspec.prediction_type") == "v":
+        if says_v(header.entries, header.metadata):
             return "v_prediction"
         return None if self.family == "sd2" else "epsilon"
 
@@ -130,6 +130,11 @@ def places_of(path: Path, keys: Collection[str]) -> tuple[str, dict[str, Place]]
                 found = open_clip_places(path, key, inner) if prefix.endswith("model.") else [(inner, Place(path, key))]
                 places |= {readable_name(part, name): place for name, place in found}
     return family, places
+
+
+def says_v(keys: Collection[str], metadata: Mapping[str, str]) -> bool:
+    """Whether a single file says that its model predicts v: by the mark that trainers leave among the tensors, or in its modelspec."""
+    return "v_pred" in keys or metadata.get("modelspec.prediction_type") == "v"
 
 
 def open_clip_places(file: Path, key: str, path: str) -> Iterator[tuple[str, Place]]:

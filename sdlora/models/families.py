@@ -32,7 +32,7 @@ def load(
     family = FAMILIES[found.family]
     for module in (*found.text_encoders, found.unet, found.vae):
         module.requires_grad_(False).eval().to(device)
-    names = [f"text_encoder_{number + 1}" if number else "text_encoder" for number in range(len(found.text_encoders))]
+    names = sources.PARTS[found.family]
     schedule = NoiseSchedule(found.scheduler.alphas_cumprod.to(device), found.scheduler.config.prediction_type)
     config = {**found.scheduler.config, "clip_sample": False}  # a pixel-space habit that pipelines warn of
     model = Model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sdlora.data.cache import fingerprint
 from sdlora.diffusion.schedule import NoiseSchedule
+from sdlora.tensors import tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Model:
     clip_skip: int = 1  # at which of the text encoder's layers embeddings are taken, 1 for the last
     chunks: int = 1  # of a prompt: each is as long as the tokenizer's longest text
     prompt_weights: bool = False  # whether brackets in prompts weigh what is in them
-    idle: tuple[str, ...] = field(default=())  # how the names of layers begin that no prediction depends on
+    idle: tuple[str, ...] = ()  # how the names of layers begin that no prediction depends on
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ def weights_fingerprint(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import sdlora.mini
 from sdlora.errors import WeightsError
-from sdlora.lora.checkpoints import Place, places_of
+from sdlora.lora.checkpoints import TEXT_ENCODER_PREFIXES, Place, places_of, says_v
 from sdlora.lora.targets import readable_name
 from sdlora.models.tokenizer import clip_tokenizer
 from sdlora.tensors import opened, reading
@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).parent / "configs"  # of the families, as the original 
 PIPELINES = {"StableDiffusionPipeline": 1, "StableDiffusionXLPipeline": 2}  # text encoders
 FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TEXT_ENCODERS: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-PARTS = {"sd1": ("text_encoder",), "sd2": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+PARTS = {family: tuple(parts) for family, parts in TEXT_ENCODER_PREFIXES.items()}  # text encoders, in their order
 PADDING = {("sd2", "text_encoder"): "!", ("sdxl", "text_encoder_2"): "!"}  # OpenCLIP pads with token 0, CLIP with the end
 VAE_PREFIX = "first_stage_model."
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -72,8 +72,12 @@ def download(name: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(name, use_safetensors=True))
     except Exception as error:  # of the hub's client, the network below it, and diffusers, which share no class
-        reason = str(error).strip().splitlines()[0]
-        raise WeightsError(f"model.base: there is no folder {name}, and the hub does not give it either: {reason}") from error
+        raise WeightsError(f"model.base: there is no folder {name}, and the hub does not give it either: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return str(error).strip().splitlines()[0]
 
 
 # ---------------------------------------------------------------- folders
@@ -109,8 +113,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Components:
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler", **local),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise WeightsError(f"model.base: cannot load {folder}: {reason}") from error
+        raise WeightsError(f"model.base: cannot load {folder}: {_reason(error)}") from error
     _refuse_special(folder, unet.config.in_channels)
     return found
 
@@ -182,7 +185,7 @@ def predicted(weights: Weights, family: str, asked: str | None) -> tuple[str, tu
     """What a single file's model predicts, and what of that is assumed: checkpoints in the original layout do not have to say it."""
     if asked is not None:
         return asked, ()
-    if "v_pred" in weights.keys or weights.metadata.get("modelspec.prediction_type") == "v":
+    if says_v(weights.keys, weights.metadata):
         return "v_prediction", ()
     if family == "sd2" and weights.metadata.get("modelspec.prediction_type") != "epsilon":
         note = f"{weights.path.name} does not say what it predicts: v is assumed, as of SD 2.x for 768 px; for those for 512 px set"
@@ -192,16 +195,16 @@ def predicted(weights: Weights, family: str, asked: str | None) -> tuple[str, tu
 
 def _of_part(weights: Weights, places: Mapping[str, Place], part: str, module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """A module's whole state from a single file. Raises WeightsError where one lacks or has what the other does not."""
-    wanted = {readable_name(part, name): name for name in module.state_dict()}
+    wanted = {readable_name(part, name): (name, own.shape) for name, own in module.state_dict().items()}
     held = {name for name in places if name.startswith(f"{part}.")} - IGNORED
     odd = sorted(wanted.keys() ^ held)
     if odd:
         lacks = "lacks" if odd[0] in wanted else "has, and the architecture has not,"
         raise WeightsError(f"model.base: {weights.path} is damaged or of another architecture: it {lacks} {odd[0]}.")
     state = {}
-    for name, own in wanted.items():
+    for name, (own, shape) in wanted.items():
         tensor = places[name].of(weights[places[name].key])
-        if tensor.shape != module.state_dict()[own].shape:
+        if tensor.shape != shape:
             raise WeightsError(f"model.base: {weights.path} is of another architecture: {name} has another shape, {tuple(tensor.shape)}.")
         # contiguous, since thirds and transposed ones are views of what the file holds
         state[own] = tensor.to(dtype).contiguous()
@@ -235,7 +238,7 @@ def load_vae(path: Path, family: str) -> Any:
         try:
             return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise WeightsError(f"model.vae: cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+            raise WeightsError(f"model.vae: cannot load {folder}: {_reason(error)}") from error
     if not path.is_file():
         raise WeightsError(f"model.vae: there is no {path}.")
     weights = Weights(path)
