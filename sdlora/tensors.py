@@ -71,13 +71,6 @@ def read_header(path: Path) -> Header:
     return Header(dict(sorted(entries.items(), key=lambda item: item[1].start)), metadata, 8 + length)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors, of finite numbers, and the metadata. Raises WeightsError."""
-    with reading(path), opened(path) as file:
-        metadata = dict(file.metadata() or {})
-        return {key: finite(path, key, file.get_tensor(key)) for key in file.keys()}, metadata  # noqa: SIM118 - not a dict
-
-
 def finite(path: Path, key: str, tensor: Tensor) -> Tensor:
     """The tensor that `path` has under `key`. Raises WeightsError for what cannot be a weight."""
     if tensor.dtype not in NAMES:

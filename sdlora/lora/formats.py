@@ -40,11 +40,6 @@ PEFT_CONFIG = "lora_adapter_metadata"  # JSON: options of peft, in files of diff
 FOLDABLE = nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm
 
 
-def webui_name(name: str, family: str = "sd1") -> str:
-    """`unet.mid_block.attentions.0.proj_in` -> `lora_unet_mid_block_attentions_0_proj_in`."""
-    return WEBUI[family](name)
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -82,9 +77,9 @@ FORMATS: dict[str, Callable[[str, Change, str, float], dict[str, Tensor]]] = {
 }
 
 
-def to_tensors(changes: Mapping[str, Change], alpha: float, family: str = "sd1") -> dict[str, Tensor]:
-    """Changes by readable name -> the tensors of a WebUI file, fp32."""
-    return {key: tensor for name, change in changes.items() for key, tensor in webui_tensors(name, change, family, alpha).items()}
+def to_tensors(changes: Mapping[str, Change], alpha: float, family: str = "sd1", to: str = "webui") -> dict[str, Tensor]:
+    """Changes by readable name -> the tensors of a file, fp32."""
+    return {key: tensor for name, change in changes.items() for key, tensor in FORMATS[to](name, change, family, alpha).items()}
 
 
 def save(
@@ -100,7 +95,7 @@ def save(
     """Write changes by readable name atomically and durably. Raises TrainingError rather than export a number that is not finite, and
     WeightsError where the precision cannot hold one."""
     alpha = _rounded(alpha, precision)
-    tensors = {key: tensor for name, change in changes.items() for key, tensor in FORMATS[to](name, change, family, alpha).items()}
+    tensors = to_tensors(changes, alpha, family, to)
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise TrainingError(f"{path.name} is not exported: {broken[0]} holds numbers that are not finite; lower the learning rate.")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sdlora.errors import TrainingError, WeightsError
 from sdlora.lora import formats
 from sdlora.lora.change import Change, Factors
-from sdlora.lora.formats import convert, load, merge, open_lora, save, to_tensors, webui_name
+from sdlora.lora.formats import convert, load, merge, open_lora, save, to_tensors
 from sdlora.lora.inits import INITS
 from sdlora.lora.layers import Adapter, DoraLayer, FullLayer, LoraLayer, MoraLayer, NormAdapter
 from sdlora.lora.names import WEBUI, sgm_path
@@ -70,10 +70,10 @@ def read(path: Path) -> dict[str, Change]:
 
 
 def test_names() -> None:
-    assert webui_name(LAYER) == "lora_unet_mid_block_attentions_0_proj_in"
+    assert WEBUI["sd1"](LAYER) == "lora_unet_mid_block_attentions_0_proj_in"
     name = "text_encoder.text_model.encoder.layers.3.self_attn.q_proj"
-    assert webui_name(name) == "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
-    assert webui_name(LAYER, "sdxl") == "lora_unet_middle_block_1_proj_in"
+    assert WEBUI["sd1"](name) == "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
+    assert WEBUI["sdxl"](LAYER) == "lora_unet_middle_block_1_proj_in"
 
 
 @pytest.mark.parametrize("family", WEBUI)
@@ -113,7 +113,7 @@ def test_one_alpha_for_all_layers_and_the_same_product() -> None:
     learned = {"unet.a": Factors(torch.ones(2, 3), torch.ones(4, 2), 3.0), "unet.b": Factors(torch.ones(2, 3), torch.ones(4, 2), -1.0)}
     tensors = to_tensors({name: Change(factors) for name, factors in learned.items()}, 2.0)
     for name, (down, up, alpha) in learned.items():
-        key = webui_name(name)
+        key = WEBUI["sd1"](name)
         assert float(tensors[f"{key}.alpha"]) == 2.0
         written = 2.0 / 2 * tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
         torch.testing.assert_close(written, alpha / 2 * up @ down)
@@ -122,9 +122,9 @@ def test_one_alpha_for_all_layers_and_the_same_product() -> None:
 def test_an_alpha_that_the_precision_rounds_is_made_up_for(tmp_path: Path) -> None:
     factors = factors_of(4, 3, alpha=0.3)
     save(tmp_path / "x.safetensors", {LAYER: Change(factors)}, 0.3, {}, precision="bf16")
-    alpha = float(load_file(tmp_path / "x.safetensors")[f"{webui_name(LAYER)}.alpha"])
+    alpha = float(load_file(tmp_path / "x.safetensors")[f"{WEBUI['sd1'](LAYER)}.alpha"])
     assert abs(alpha / 0.3 - 1) > 1e-4
-    up = load_file(tmp_path / "x.safetensors")[f"{webui_name(LAYER)}.lora_up.weight"]
+    up = load_file(tmp_path / "x.safetensors")[f"{WEBUI['sd1'](LAYER)}.lora_up.weight"]
     assert torch.equal(up, (factors.up * (0.3 / alpha)).bfloat16())
     save(tmp_path / "x.safetensors", {LAYER: Change(factors)}, 1e-9, {}, precision="fp16")  # nearer to 0 than fp16 goes
     torch.testing.assert_close(delta(read(tmp_path / "x.safetensors")[LAYER]), factors.delta(), rtol=2e-3, atol=1e-3)
@@ -133,7 +133,7 @@ def test_an_alpha_that_the_precision_rounds_is_made_up_for(tmp_path: Path) -> No
 def test_merge_applies_the_readers_formula() -> None:
     base = nn.Linear(2, 2, bias=False)
     nn.init.zeros_(base.weight)
-    changes = {webui_name(LAYER): Change(Factors(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), 0.5))}
+    changes = {WEBUI["sd1"](LAYER): Change(Factors(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), 0.5))}
     merge({"unet": Toy(base)}, changes, strength=2.0)
     assert base.weight.tolist() == [[3.0, 6.0], [4.0, 8.0]]
     merge({"unet": Toy(base)}, {WEBUI["sdxl"](LAYER): change for change in changes.values()}, strength=-2.0, family="sdxl")
@@ -302,13 +302,13 @@ def test_the_most_frequent_alpha_is_kept_and_the_others_folded(tmp_path: Path) -
     layers = {name: factors_of(4, 3, alpha=alpha) for name, alpha in ((Q, 1.0), (OUT, 1.0), (LAYER, 8.0), (TEXT, 0.0))}
     raw = {}
     for name, (down, up, alpha) in layers.items():
-        raw |= {f"{webui_name(name)}.lora_down.weight": down, f"{webui_name(name)}.lora_up.weight": up}
-        raw[f"{webui_name(name)}.alpha"] = torch.tensor(alpha)
+        raw |= {f"{WEBUI['sd1'](name)}.lora_down.weight": down, f"{WEBUI['sd1'](name)}.lora_up.weight": up}
+        raw[f"{WEBUI['sd1'](name)}.alpha"] = torch.tensor(alpha)
     save_file(raw, source)
     convert(source, target, family="sd1")
     written = load_file(target)
     assert {float(tensor) for key, tensor in written.items() if key.endswith("alpha")} == {1.0}
-    assert torch.equal(written[f"{webui_name(Q)}.lora_up.weight"], layers[Q].up)
+    assert torch.equal(written[f"{WEBUI['sd1'](Q)}.lora_up.weight"], layers[Q].up)
     for name, change in read(target).items():
         torch.testing.assert_close(delta(change), layers[name].delta())
 
@@ -416,7 +416,7 @@ def test_encodings_that_lose_the_kernel_get_it_back(tmp_path: Path) -> None:
     assert change.weight is not None and change.weight.shape == (5, 4, 3, 3)
     base = nn.Conv2d(4, 5, 1)  # under a name of which none knows that it is a convolution
     before = base.weight.detach().clone()
-    merge({"unet": Toy(base)}, {webui_name(LAYER): Change(weight=torch.ones(5, 4))})
+    merge({"unet": Toy(base)}, {WEBUI["sd1"](LAYER): Change(weight=torch.ones(5, 4))})
     torch.testing.assert_close(base.weight, before + 1)
     assert formats.kernel_of(LAYER, "sd1") == (1, 1) and formats.kernel_of(LAYER, "sdxl") == formats.kernel_of(Q, "sd1") == ()
 
@@ -455,8 +455,10 @@ def test_what_was_learned_is_found_whatever_the_spelling(tmp_path: Path) -> None
 
 def test_missing_alpha_means_scale_one(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_file({f"{webui_name(LAYER)}.lora_down.weight": torch.ones(4, 2), f"{webui_name(LAYER)}.lora_up.weight": torch.ones(3, 4)}, path)
-    assert load(path)[0][webui_name(LAYER)].factors.alpha == 4  # type: ignore[union-attr]
+    save_file(
+        {f"{WEBUI['sd1'](LAYER)}.lora_down.weight": torch.ones(4, 2), f"{WEBUI['sd1'](LAYER)}.lora_up.weight": torch.ones(3, 4)}, path
+    )
+    assert load(path)[0][WEBUI["sd1"](LAYER)].factors.alpha == 4  # type: ignore[union-attr]
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -480,7 +482,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="lacks"):
         merge({"unet": Toy(nn.Linear(2, 2))}, {"lora_unet_nowhere": Change(Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0))})
     with pytest.raises(WeightsError, match="shape"):
-        merge({"unet": Toy(nn.Linear(2, 2))}, {webui_name(LAYER): Change(Factors(torch.ones(1, 3), torch.ones(2, 1), 1.0))})
+        merge({"unet": Toy(nn.Linear(2, 2))}, {WEBUI["sd1"](LAYER): Change(Factors(torch.ones(1, 3), torch.ones(2, 1), 1.0))})
 
 
 @pytest.mark.parametrize(
@@ -512,7 +514,7 @@ def test_matrices_that_cannot_be_multiplied_are_refused(shapes: dict[str, tuple[
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    parts, key = {"unet": Toy(nn.Linear(3, 2))}, webui_name(LAYER)
+    parts, key = {"unet": Toy(nn.Linear(3, 2))}, WEBUI["sd1"](LAYER)
     matrices = Factors(torch.ones(1, 3), torch.ones(2, 1), 1.0)
     for change in (
         Change(matrices, dora_scale=torch.ones(3, 1)),

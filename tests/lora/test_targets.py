@@ -9,8 +9,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlora.errors import ConfigError
-from sdlora.lora.formats import webui_name
 from sdlora.lora.layers import FullLayer
+from sdlora.lora.names import WEBUI
 from sdlora.lora.targets import (
     PRESETS,
     TEXT_ENCODER_GROUPS,
@@ -46,12 +46,12 @@ def sd15() -> dict[str, nn.Module]:
 def test_all_groups_give_the_frozen_names(sd15: dict[str, nn.Module]) -> None:
     groups = [group for group in UNET_GROUPS if group != "input_output"]
     names = [*find_targets("unet", sd15["unet"], groups), *find_targets("text_encoder", sd15["text_encoder"], TEXT_ENCODER_GROUPS)]
-    assert {webui_name(name) for name in names} == FROZEN
+    assert {WEBUI["sd1"](name) for name in names} == FROZEN
     assert len(names) == len(FROZEN) == 278 + 72
 
 
 def test_input_and_output_layers(sd15: dict[str, nn.Module]) -> None:
-    found = [webui_name(name) for name in find_targets("unet", sd15["unet"], ["input_output"])]
+    found = [WEBUI["sd1"](name) for name in find_targets("unet", sd15["unet"], ["input_output"])]
     assert sorted(found) == [
         "lora_unet_conv_in",
         "lora_unet_conv_out",
