@@ -121,6 +121,7 @@ KINDS: dict[str, type[Any]] = {
     for kind in (Planned, Warned, Cached, Resumed, Stepped, Measured, Previewed, Saved, Exported, Stopped, Finished, Failed)
 }
 LAST = (Stopped, Finished, Failed)
+SMOOTHING = 0.95  # share of the mean so far in the loss that is shown
 
 
 def record(events: Iterable[Event], path: Path) -> Iterator[Event]:
@@ -180,6 +181,11 @@ def steps_of(events: Iterable[Event]) -> list[Stepped]:
         if isinstance(event, Stepped):
             taken.append(event)
     return taken
+
+
+def smoothed(before: float | None, loss: float) -> float:
+    """A running mean of the loss as it is shown; `before` is None at the first step."""
+    return loss if before is None else SMOOTHING * before + (1 - SMOOTHING) * loss
 
 
 def follow(path: Path, pid: int | None = None, poll_seconds: float = 0.5) -> Iterator[Event]:

@@ -55,16 +55,17 @@ def build(places: Places) -> None:
     sent = gr.State({})
 
     def start(*values: Any) -> str:
-        *told, base, first, strength_1, second, strength_2, third, strength_3 = values
+        *told, base = values[: -2 * LORAS]
+        paths, strengths = values[-2 * LORAS :: 2], values[1 - 2 * LORAS :: 2]
         try:
             if drawing and drawing[-1].poll() is None:
                 raise ConfigError("A picture is being drawn: wait for it.")
             line = prompt_line(*told)
             if base != BUILT_IN:
-                path = places.resolve(base, "Base model")
-                base = str(path) if path.exists() else base.strip()  # or a hub's owner/name
+                place = places.resolve(base, "Base model")
+                base = str(place) if place.exists() else base.strip()  # or a hub's owner/name
             arguments = ["generate", f"--base={base}", "--out", str(out), "--prompts", str(out / "prompts.txt")]
-            for number, (path, strength) in enumerate(((first, strength_1), (second, strength_2), (third, strength_3)), 1):
+            for number, (path, strength) in enumerate(zip(paths, strengths, strict=True), 1):
                 if path:
                     file = places.resolve(path, f"LoRA {number}")
                     if not file.is_file():
@@ -93,7 +94,7 @@ def build(places: Places) -> None:
 
     gr.Timer(1.0).tick(tick, sent, [pictures, log, error, sent], concurrency_limit=None, **QUIET)
     draw.click(start, [prompt, negative, seed, steps, guidance, width, height, base, *loras], error, **QUIET)
-    gr.on([loras[0].focus, loras[2].focus, loras[4].focus], files, None, [loras[0], loras[2], loras[4]], **QUIET)
+    gr.on([path.focus for path in loras[::2]], files, None, loras[::2], **QUIET)
 
 
 def prompt_line(prompt: str, negative: str, seed: Any, steps: Any, guidance: Any, width: str, height: str) -> str:

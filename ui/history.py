@@ -12,7 +12,6 @@ from statistics import fmean
 from sdlora import events
 from sdlora.run import Run
 
-SMOOTHING = 0.95  # share of the mean so far, as on the command line
 RECENT = 50  # steps whose mean time foretells the rest
 
 
@@ -106,7 +105,7 @@ class History:
                 if event.step <= self.step:  # it was killed before its first checkpoint, and starts anew
                     self.cut(event.step - 1)
                 before = self.series["smooth"].values
-                smooth = SMOOTHING * before[-1] + (1 - SMOOTHING) * event.loss if before else event.loss
+                smooth = events.smoothed(before[-1] if before else None, event.loss)
                 drift, worst = event.embedding_norm_drift, event.embedding_norm_drift_worst
                 for name, value in zip(STEPPED, (event.loss, smooth, event.rate, drift, worst, event.seconds), strict=True):
                     self.series[name].add(event.step, value)
@@ -140,7 +139,7 @@ def of(path: Path) -> History:
 
 
 def status(run: Run, seen: History) -> str:
-    """A word of STATUSES. A process that lives decides; then the last word of the one that does not."""
+    """A word of live.WORDS. A process that lives decides; then the last word of the one that does not."""
     if run.trained_by() is not None:
         return "stopping" if run.asked_to_stop() else "running"
     match seen.last:
@@ -151,7 +150,6 @@ def status(run: Run, seen: History) -> str:
     return "failed"
 
 
-STATUSES = ("running", "stopping", "stopped", "finished", "failed")
 KILLED = "It ended without a last word: it was killed, or the machine ran out of memory. The log may say more; Resume goes on."
 
 

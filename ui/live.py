@@ -23,10 +23,11 @@ NO_RUN = '<p class="sd-empty">No run yet. Choose pictures and press Start: progr
 
 
 def parts(run: Run) -> dict[str, str]:
-    """Status, result, plots, gallery and log."""
+    """Status, result, plots, gallery and log; and the word, of WORDS, for how the run stands."""
     seen = history.of(run.events).look()
     word = history.status(run, seen)
     return {
+        "word": word,
         "status": status(run, seen, word),
         "result": result(run, seen),
         "plots": plots.of_run(seen),

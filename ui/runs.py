@@ -58,9 +58,7 @@ def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab) -> No
 
     def resume_run(name: str) -> str:
         try:
-            run = places.run(name or "")
-            run.stop_file.unlink(missing_ok=True)
-            launch.train(run)
+            launch.train(places.run(name or ""))
         except SdloraError as problem:
             return markup.error(str(problem))
         return markup.note(f"{name} goes on.")

@@ -16,7 +16,7 @@ from sdlora.config import Config
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.files import write_durably
 
-from . import form, history, launch, live, markup
+from . import form, launch, live, markup
 from .files import PICTURES
 from .paths import FISH, Places, shown
 
@@ -179,8 +179,7 @@ def build(places: Places, current: gr.Textbox) -> None:
         except SdloraError:  # deleted, by another page or by hand
             return live.NO_RUN, "", "", "", "", gr.update(interactive=False), gr.update(interactive=False), {}
         parts = live.parts(run)
-        word = history.status(run, history.of(run.events))
-        parts |= {"stop": str(word == "running"), "resume": str(word in ("stopped", "failed"))}
+        parts |= {"stop": str(parts["word"] == "running"), "resume": str(parts["word"] in ("stopped", "failed"))}
         new = [parts[key] if sent.get(key) != parts[key] else gr.skip() for key in PARTS]
         buttons = [gr.update(interactive=parts[key] == "True") if sent.get(key) != parts[key] else gr.skip() for key in ("stop", "resume")]
         return *new, *buttons, parts
@@ -196,9 +195,7 @@ def build(places: Places, current: gr.Textbox) -> None:
 
     def resume_run(name: str) -> str:
         try:
-            run = places.run(name)
-            run.stop_file.unlink(missing_ok=True)
-            launch.train(run)
+            launch.train(places.run(name))
         except SdloraError as problem:
             return markup.error(str(problem))
         return ""

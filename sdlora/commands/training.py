@@ -132,7 +132,7 @@ def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
             case events.Stepped():
                 if bar is None:
                     bar = progress(event.steps, started, "step", "Training")
-                smooth = event.loss if smooth is None else 0.95 * smooth + 0.05 * event.loss
+                smooth = events.smoothed(smooth, event.loss)
                 figures = f"loss {smooth:.4f}, rate {event.rate:.1e}, norm drift {event.embedding_norm_drift:.1%}{alphas}"
                 bar.set_postfix_str(figures, refresh=False)
                 bar.update(event.step - bar.n)  # steps that were skipped told nothing
