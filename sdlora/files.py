@@ -34,8 +34,7 @@ def durable(path: Path) -> Iterator[BinaryIO]:
     try:
         with draft.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
@@ -46,8 +45,12 @@ def write_synced(path: Path, data: bytes) -> None:
     """Put `data` on the disk at `path`, in a draft of a folder: that folder's own name comes when all are there."""
     with path.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        _sync(file)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextmanager

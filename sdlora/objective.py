@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -101,8 +101,7 @@ class Objective:
         denoising = own * self.denoising(step, part, embeds) if own else torch.zeros((), device=self.model.device, requires_grad=True)
         if self.trains_text and not text_rests and loss.pinned_embedding:
             prompts = self._pinned(batch, "pinned", PINNED_A_BATCH)
-            pairs = zip(self.family.encode_prompts(self.model, prompts).vectors, self.of_base(prompts).vectors, strict=True)
-            terms += [loss.pinned_embedding * pinned_loss(now, before, loss.pinned_distance) for now, before in pairs]
+            terms += [loss.pinned_embedding * pinned_loss(*pair, loss.pinned_distance) for pair in self._now_and_before(prompts)]
         if loss.prior:
             prompts = self._pinned(batch, "prior", loss.prior_samples)
             with torch.set_grad_enabled(not text_rests):
@@ -143,10 +142,12 @@ class Objective:
         if not self.trains_text:
             return None
         stop_dropping(self.layers.values())
-        prompts = list(self.pinned[:WATCHED_PROMPTS])
-        pairs = zip(self.family.encode_prompts(self.model, prompts).vectors, self.of_base(prompts).vectors, strict=True)
-        drifts = [cosine_drift(now, before) for now, before in pairs]
+        drifts = [cosine_drift(now, before) for now, before in self._now_and_before(self.pinned[:WATCHED_PROMPTS])]
         return sum(drifts) / len(drifts)
+
+    def _now_and_before(self, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is said of prompts and what the base encoders say: (B, n, D) of each encoder, then of a pooled embedding."""
+        return zip(self.family.encode_prompts(self.model, prompts).vectors, self.of_base(prompts).vectors, strict=True)
 
     def _norms(self, embeds: PromptEmbeds) -> tuple[Tensor, ...]:
         """(B, T) of each text encoder, and (B, 1) of a pooled embedding."""

@@ -163,6 +163,16 @@ def original_unet(unet: UNet2DConditionModel) -> dict[str, Tensor]:
         if module.conv_shortcut is not None:
             put(module.conv_shortcut, f"{at}.skip_connection")
 
+    def put_layers(block: Any, side: str, number: int) -> int:
+        """A block's resnets, each with its attention; the number behind them."""
+        attentions = getattr(block, "attentions", [None] * len(block.resnets))
+        for resnet, attention in zip(block.resnets, attentions, strict=True):
+            put_resnet(resnet, f"{side}.{number}.0")
+            if attention is not None:
+                put(attention, f"{side}.{number}.1")
+            number += 1
+        return number
+
     put(unet.time_embedding.linear_1, "time_embed.0")
     put(unet.time_embedding.linear_2, "time_embed.2")
     if unet.config.addition_embed_type:
@@ -171,12 +181,7 @@ def original_unet(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     put(unet.conv_in, "input_blocks.0.0")
     number = 1
     for block in unet.down_blocks:
-        attentions = getattr(block, "attentions", [None, None])
-        for resnet, attention in zip(block.resnets, attentions, strict=True):
-            put_resnet(resnet, f"input_blocks.{number}.0")
-            if attention is not None:
-                put(attention, f"input_blocks.{number}.1")
-            number += 1
+        number = put_layers(block, "input_blocks", number)
         if block.downsamplers:
             put(block.downsamplers[0].conv, f"input_blocks.{number}.0.op")
             number += 1
@@ -185,14 +190,9 @@ def original_unet(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     put_resnet(unet.mid_block.resnets[1], "middle_block.2")
     number = 0
     for block in unet.up_blocks:
-        attentions = getattr(block, "attentions", [None] * 3)
-        for resnet, attention in zip(block.resnets, attentions, strict=True):
-            put_resnet(resnet, f"output_blocks.{number}.0")
-            if attention is not None:
-                put(attention, f"output_blocks.{number}.1")
-            number += 1
+        number = put_layers(block, "output_blocks", number)
         if block.upsamplers:
-            put(block.upsamplers[0].conv, f"output_blocks.{number - 1}.{1 if attentions[0] is None else 2}.conv")
+            put(block.upsamplers[0].conv, f"output_blocks.{number - 1}.{2 if hasattr(block, 'attentions') else 1}.conv")
     put(unet.conv_norm_out, "out.0")
     put(unet.conv_out, "out.2")
     assert len(found) == len(unet.state_dict())
