@@ -52,8 +52,18 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             write_synced(draft / name, data)
         if final.exists():  # of a step that is taken again after a fall-back
             remove_folder(final)
-    _prune(folder, keep)
+    prune(folder, keep)
     return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete what is older than the newest `keep`, once LEAST whole ones stay."""
+    whole = 0
+    for number, path in enumerate(_named(folder)):
+        if number >= keep and whole >= LEAST:
+            remove_folder(path)
+        elif whole < LEAST:
+            whole += _is_whole(path)
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
@@ -97,16 +107,6 @@ def _is_whole(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _prune(folder: Path, keep: int) -> None:
-    """Delete what is older than the newest `keep`, once LEAST whole ones stay."""
-    whole = 0
-    for number, path in enumerate(_named(folder)):
-        if number >= keep and whole >= LEAST:
-            remove_folder(path)
-        elif whole < LEAST:
-            whole += _is_whole(path)
 
 
 def _named(folder: Path) -> list[Path]:

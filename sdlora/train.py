@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdlora import events, preview
+from sdlora import checkpoint, events, preview
 from sdlora import optim as optimizers
 from sdlora.adapt import adapt, load_model, start_of, text_encoder_rate
 from sdlora.config import Config
@@ -94,6 +94,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     )
     average = Average(optimizer.parameters if options.ema else [], options.ema)  # of nothing where it is not asked for
     if processes.is_first:
+        checkpoint.prune(run.checkpoints, config.train.keep_checkpoints)  # a kill may have come between a save and its pruning
         check_disk(run, layers, average)
         write_pictures(run.plan, items)
     yield describe(config, model, items, plan, layers)

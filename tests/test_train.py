@@ -673,7 +673,7 @@ def test_refusals_come_before_training(make: Any, tmp_path: Path) -> None:
     def first(of: run.Run) -> None:
         next(train(of))
 
-    with pytest.raises(WeightsError, match="no folder"):
+    with pytest.raises(WeightsError, match="there is no nowhere"):
         first(make(model__base="nowhere"))
     with pytest.raises(ConfigError, match="bucket_step"):
         first(make(bucket_step=9))
@@ -798,6 +798,15 @@ def test_a_run_that_the_disk_cannot_hold_is_refused_with_figures(make: Any, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300_000))
     with pytest.raises(TrainingError, match=r"has 0 MiB free, and the run needs \d+ \(3 checkpoints of \d+ each"):
         next(train(make(rank=16)))
+
+
+def test_a_run_killed_between_a_save_and_its_pruning_keeps_no_more_checkpoints_than_another(make: Any) -> None:
+    of = make()
+    list(train(of))
+    kept = sorted(path.name for path in of.checkpoints.iterdir())
+    shutil.copytree(of.checkpoints / kept[0], of.checkpoints / "step-00000001")
+    assert isinstance(list(train(of))[-1], events.Finished)
+    assert sorted(path.name for path in of.checkpoints.iterdir()) == kept
 
 
 def test_restore_refuses_a_checkpoint_of_other_layers(make: Any) -> None:
