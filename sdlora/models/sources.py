@@ -21,7 +21,7 @@ import sdlora.mini
 from sdlora.errors import WeightsError
 from sdlora.lora.checkpoints import TEXT_ENCODER_PREFIXES, Place, places_of, says_v
 from sdlora.lora.targets import readable_name
-from sdlora.models.tokenizer import clip_tokenizer
+from sdlora.models.tokenizer import AS_WRITTEN, clip_tokenizer
 from sdlora.tensors import opened, reading
 
 CONFIGS = Path(__file__).parent / "configs"  # of the families, as the original models have them
@@ -109,7 +109,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Components:
             text_encoders=tuple(
                 TEXT_ENCODERS[part].from_pretrained(folder / part, dtype=dtype, use_safetensors=True, **variant, **local) for part in parts
             ),
-            tokenizers=tuple(CLIPTokenizer.from_pretrained(folder / part, **local) for part in tokenizers),
+            tokenizers=tuple(CLIPTokenizer.from_pretrained(folder / part, **AS_WRITTEN, **local) for part in tokenizers),
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler", **local),
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:

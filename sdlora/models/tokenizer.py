@@ -10,13 +10,16 @@ from transformers import CLIPTokenizer
 
 import sdlora.mini
 
+# Or text is split where the padding stands in it, which is "!" for OpenCLIP's encoders: but "cat!" ends with another token, 256, than the
+# "!" that pads, 0, and "!!!" is one of its own.
+AS_WRITTEN = {"split_special_tokens": True}
 MERGES = Path(__file__).parent / "configs" / "clip_merges.txt.gz"
 
 
 def tokenizer_of(base: str) -> CLIPTokenizer:
     """What a base model splits prompts with: its own where it is a folder, else CLIP's."""
     folder = (sdlora.mini.WEIGHTS_DIR if base == "mini" else Path(base)) / "tokenizer"
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True) if folder.is_dir() else clip_tokenizer()
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **AS_WRITTEN) if folder.is_dir() else clip_tokenizer()
 
 
 @cache
@@ -34,4 +37,4 @@ def clip_tokenizer(pad_token: str | None = None) -> CLIPTokenizer:
     vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     pairs = [tuple(merge.split()) for merge in merges]
     options = {} if pad_token is None else {"pad_token": pad_token}
-    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=77, **options)
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=77, **AS_WRITTEN, **options)

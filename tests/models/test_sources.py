@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdlora.errors import WeightsError
 from sdlora.models import families, sources
 from sdlora.models.sources import load
-from sdlora.models.tokenizer import clip_tokenizer
+from sdlora.models.tokenizer import clip_tokenizer, tokenizer_of
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 IDS = torch.tensor([[18, 3, 7, 11, 19, 0, 0, 0, 0], [18, 5, 19, 0, 0, 0, 0, 0, 0]])
@@ -238,3 +238,11 @@ def test_tokenizers_give_the_ids_of_clip() -> None:
         assert ids[1] == [49_406, 49_407] + 75 * [padding]
     assert clip.tokenize("A Photo, of  a CAT!") == ["a</w>", "photo</w>", ",</w>", "of</w>", "a</w>", "cat</w>", "!</w>"]
     assert clip.decode(clip("naïve café 2026 🐟").input_ids, skip_special_tokens=True).strip() == "naïve café 2 0 2 6 🐟"
+
+
+def test_padding_does_not_split_words(tmp_path: Path) -> None:
+    """OpenCLIP pads with "!", token 0, and the "!" that ends a word is token 256: each byte has one of either kind."""
+    open_clip = clip_tokenizer("!")
+    open_clip.save_pretrained(tmp_path / "tokenizer")
+    for tokenizer in (open_clip, clip_tokenizer(), tokenizer_of(str(tmp_path))):
+        assert tokenizer("a cat!").input_ids == [49_406, 320, 2368, 256, 49_407]
