@@ -163,13 +163,17 @@ def _from_file(path: Path, dtype: torch.dtype, has_vae: bool, prediction_type: s
     config = UNet2DConditionModel.load_config(CONFIGS / family / "unet")
     conv_in = places.get("unet.conv_in.weight")
     _refuse_special(path, config["in_channels"] if conv_in is None else weights[conv_in.key].shape[1])
-    predicts, notes = predicted(weights, family, prediction_type)
-    if family == "sd2" and predicts == "v_prediction":
-        config["sample_size"] = 96  # its usual size is 768 px
     ztsnr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in weights.keys else {}  # Lin et al. 2023, 3.3
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     unet.load_state_dict(_of_part(weights, places, "unet", unet, dtype), assign=True)
+    predicts = prediction_type or declared(weights, family)
+    notes: tuple[str, ...] = ()
+    if predicts is None:
+        predicts, note = measured(unet)
+        notes = (f"{path.name} does not say what it predicts: {note}; if that is wrong, set model.prediction_type.",)
+    if family == "sd2" and predicts == "v_prediction":
+        unet.register_to_config(sample_size=96)  # its usual size is 768 px
     return Components(
         family=family,
         unet=unet,
@@ -181,16 +185,22 @@ def _from_file(path: Path, dtype: torch.dtype, has_vae: bool, prediction_type: s
     )
 
 
-def predicted(weights: Weights, family: str, asked: str | None) -> tuple[str, tuple[str, ...]]:
-    """What a single file's model predicts, and what of that is assumed: checkpoints in the original layout do not have to say it."""
-    if asked is not None:
-        return asked, ()
+def declared(weights: Weights, family: str) -> str | None:
+    """What a file says that it predicts, or else what all of its family do; None for SD 2.x, which has both."""
     if says_v(weights.keys, weights.metadata):
-        return "v_prediction", ()
-    if family == "sd2" and weights.metadata.get("modelspec.prediction_type") != "epsilon":
-        note = f"{weights.path.name} does not say what it predicts: v is assumed, as of SD 2.x for 768 px; for those for 512 px set"
-        return "v_prediction", (f"{note} model.prediction_type = 'epsilon'.",)
-    return "epsilon", ()
+        return "v_prediction"
+    return None if family == "sd2" and weights.metadata.get("modelspec.prediction_type") != "epsilon" else "epsilon"
+
+
+@torch.no_grad()
+def measured(unet: Any) -> tuple[str, str]:
+    """What a UNet predicts, and how that was found. At the last timestep the input is all but noise: who predicts the noise hands it back,
+    and who predicts v = sqrt(a) noise - sqrt(1 - a) x_0, a being 0.005, answers with a picture."""
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(unet.dtype)
+    answer = unet(noise, 999, noise.new_zeros(1, 77, unet.config.cross_attention_dim)).sample
+    likeness = float(torch.cosine_similarity(answer.flatten().float(), noise.flatten().float(), dim=0))
+    predicts = "epsilon" if likeness > 0.5 else "v_prediction"
+    return predicts, f"its answer to pure noise is like the noise by {likeness:.2f} of 1, so {predicts} is assumed"
 
 
 def _of_part(weights: Weights, places: Mapping[str, Place], part: str, module: Any, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -111,6 +111,23 @@ def test_what_a_file_predicts_is_marked_asked_for_or_assumed_aloud(small: Path) 
     assert float(model.noise_schedule.snr(torch.tensor(999))) == pytest.approx(0, abs=1e-6)
 
 
+def test_who_predicts_noise_hands_it_back() -> None:
+    """The miniature does; made to predict v it does not: v = (noise - sqrt(1 - a) x) / sqrt(a)."""
+    found = load("mini", torch.float32)
+    assert sources.measured(found.unet)[0] == "epsilon"
+    last = found.scheduler.alphas_cumprod[-1]
+
+    class Velocity:
+        dtype, config = torch.float32, found.unet.config
+
+        def __call__(self, x: torch.Tensor, timestep: int, states: torch.Tensor) -> Any:
+            out = found.unet(x, timestep, states)
+            out.sample = (out.sample - (1 - last).sqrt() * x) / last.sqrt()
+            return out
+
+    assert sources.measured(Velocity())[0] == "v_prediction"
+
+
 def test_a_folder_is_overruled_by_what_is_asked(tmp_path: Path) -> None:
     folder = build_model(tmp_path / "tiny", "v_prediction")
     assert load(str(folder), torch.float32).scheduler.config.prediction_type == "v_prediction"
