@@ -41,6 +41,7 @@ OPEN_CLIP_ENDS = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "ln_final.weight": "text_model.final_layer_norm.weight",
     "ln_final.bias": "text_model.final_layer_norm.bias",
+    "text_projection.weight": "text_projection.weight",  # a second name, which ComfyUI too takes for one that is not transposed
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -53,7 +54,17 @@ def load(base: str, dtype: torch.dtype, *, vae: str | None = None, prediction_ty
         found = replace(found, scheduler=DDPMScheduler.from_config(found.scheduler.config, prediction_type=prediction_type))
     if found.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise WeightsError(f"model.base: {base} predicts {found.scheduler.config.prediction_type}, which sdlora does not train.")
-    return found if vae is None else replace(found, vae=load_vae(Path(vae), found.family))
+    if vae is not None:
+        found = replace(found, vae=load_vae(Path(vae), found.family))
+    for network in (found.unet, found.vae, *found.text_encoders):
+        _require_finite(network, f"model.vae: {vae}" if vae is not None and network is found.vae else f"model.base: {base}")
+    return found
+
+
+def _require_finite(network: Any, origin: str) -> None:
+    for name, tensor in network.named_parameters():
+        if not torch.stack(tensor.aminmax()).isfinite().all():  # both are NaN where one number is; thirty times as fast as asking each
+            raise WeightsError(f"{origin} is damaged: {name} of its {type(network).__name__} has numbers that are not finite.")
 
 
 def _load(base: str, dtype: torch.dtype, has_vae: bool, prediction_type: str | None) -> Components:
@@ -70,7 +81,7 @@ def _load(base: str, dtype: torch.dtype, has_vae: bool, prediction_type: str | N
 def download(name: str) -> Path:
     """A model on the hub as a folder in diffusers' layout, in the hub's own cache; what is there already is not asked for again."""
     try:
-        return Path(DiffusionPipeline.download(name, use_safetensors=True))
+        return Path(DiffusionPipeline.download(name, use_safetensors=True, **NOT_NEEDED))
     except Exception as error:  # of the hub's client, the network below it, and diffusers, which share no class
         raise WeightsError(f"model.base: there is no folder {name}, and the hub does not give it either: {_reason(error)}") from error
 
@@ -78,6 +89,9 @@ def download(name: str) -> Path:
 def _reason(error: Exception) -> str:
     """The first line of what a library says."""
     return str(error).strip().splitlines()[0]
+
+
+NOT_NEEDED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}  # more than a gigabyte with SD 1.x
 
 
 # ---------------------------------------------------------------- folders
@@ -98,24 +112,50 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Components:
     missing = [part for part in dict.fromkeys((*FOLDERS, *parts, *tokenizers)) if not (folder / part).is_dir()]
     if missing:
         raise WeightsError(f"model.base: {folder} is not a Stable Diffusion folder in diffusers' layout: it has no {', '.join(missing)}.")
-    variant = {"variant": "fp16"} if not list((folder / "unet").glob("*model.safetensors*")) else {}
+    config = _read_json(folder / "scheduler" / "scheduler_config.json")
+    if "beta_start" not in config:
+        raise WeightsError(
+            f"model.base: {folder} has {config.get('_class_name')} for a scheduler, and not the betas that sdlora trains with."
+        )
     local = {"local_files_only": True}
     try:
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True, **variant, **local)
-        found = Components(
+        unet = _network(UNet2DConditionModel, folder / "unet", dtype)
+        _refuse_special(folder, unet.config.in_channels)
+        return Components(
             family="sdxl" if len(parts) == 2 else "sd2" if unet.config.cross_attention_dim == 1024 else "sd1",
             unet=unet,
-            vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32, use_safetensors=True, **variant, **local),
-            text_encoders=tuple(
-                TEXT_ENCODERS[part].from_pretrained(folder / part, dtype=dtype, use_safetensors=True, **variant, **local) for part in parts
-            ),
+            vae=_network(AutoencoderKL, folder / "vae", torch.float32),
+            text_encoders=tuple(_network(TEXT_ENCODERS[part], folder / part, dtype) for part in parts),
             tokenizers=tuple(CLIPTokenizer.from_pretrained(folder / part, **AS_WRITTEN, **local) for part in tokenizers),
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler", **local),
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise WeightsError(f"model.base: cannot load {folder}: {_reason(error)}") from error
-    _refuse_special(folder, unet.config.in_channels)
-    return found
+
+
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what diffusers and transformers raise for a damaged folder
+
+
+def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """From a part's folder, whole or else in 16 bits. Raises WeightsError for missing parameters, which the libraries leave random."""
+    # `model.safetensors`, `model-00001-of-00002.safetensors`; of 16 bits `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`
+    is_whole = any(path.name.count(".") == 1 for path in folder.glob("*.safetensors"))
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True} | ({} if is_whole else {"variant": "fp16"})
+    network, info = kind.from_pretrained(folder, torch_dtype=dtype, **options)
+    # text encoders of older folders keep more than is asked for: the numbers of their positions
+    surplus = () if kind in TEXT_ENCODERS.values() else info["unexpected_keys"]
+    for keys, what in ((info["missing_keys"], "lacks"), (surplus, "has, and the architecture has not,")):
+        if keys:
+            raise WeightsError(f"{folder} is damaged or of another architecture: it {what} {min(keys)}.")
+    return network
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise WeightsError(f"model.base: {path} is missing or damaged.") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _refuse_special(path: Path, channels: int) -> None:
@@ -140,7 +180,7 @@ class Weights:
             self.metadata: Mapping[str, str] = self._file.metadata() or {}
             return
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         except Exception:  # whatever a broken pickle raises
             raise WeightsError(
                 f"{path} holds more than weights, or is damaged, and is not opened: convert it to .safetensors, by what you trust."
@@ -163,6 +203,9 @@ def _from_file(path: Path, dtype: torch.dtype, has_vae: bool, prediction_type: s
     config = UNet2DConditionModel.load_config(CONFIGS / family / "unet")
     conv_in = places.get("unet.conv_in.weight")
     _refuse_special(path, config["in_channels"] if conv_in is None else weights[conv_in.key].shape[1])
+    for mark, kind in OTHER_NOISE.items():
+        if mark in weights.keys:
+            raise WeightsError(f"model.base: {path} is {kind}, whose noise is not that of SDXL: give another base model.")
     ztsnr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if "ztsnr" in weights.keys else {}  # Lin et al. 2023, 3.3
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
@@ -183,6 +226,10 @@ def _from_file(path: Path, dtype: torch.dtype, has_vae: bool, prediction_type: s
         scheduler=DDPMScheduler.from_config(DDPMScheduler.load_config(CONFIGS / family / "scheduler"), prediction_type=predicts, **ztsnr),
         notes=notes,
     )
+
+
+# Marks of SDXL's relatives that are trained with noise of EDM's levels (Karras et al. 2022).
+OTHER_NOISE = {"edm_vpred.sigma_max": "CosXL", "edm_mean": "Playground 2.5"}
 
 
 def declared(weights: Weights, family: str) -> str | None:
@@ -246,8 +293,8 @@ def load_vae(path: Path, family: str) -> Any:
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         try:
-            return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            return _network(AutoencoderKL, folder, torch.float32)
+        except UNREADABLE as error:
             raise WeightsError(f"model.vae: cannot load {folder}: {_reason(error)}") from error
     if not path.is_file():
         raise WeightsError(f"model.vae: there is no {path}.")
@@ -261,7 +308,7 @@ def _vae_of(weights: Weights, family: str, prefix: str) -> Any:
     config = AutoencoderKL.load_config(CONFIGS / family / "vae")
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
-    state = weights.below(prefix)
+    state = {OLD_ATTENTION.sub(lambda found: OLD_NAMES[found[0]], key): tensor for key, tensor in weights.below(prefix).items()}
     if not state:
         raise WeightsError(f"model.base: {weights.path} has no VAE in it: give one with model.vae, a file or a folder.")
     wanted = vae.state_dict()
@@ -271,3 +318,8 @@ def _vae_of(weights: Weights, family: str, prefix: str) -> Any:
         raise WeightsError(f"{weights.path} has no VAE of this family in it: {odd[0]} is missing or has another shape.")
     vae.load_state_dict({name: found[name].float().contiguous() for name in wanted}, assign=True)
     return vae
+
+
+# Of a VAE's attention, as diffusers wrote them until 2023: files of that time are still the most used.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+OLD_ATTENTION = re.compile("|".join(map(re.escape, OLD_NAMES)))

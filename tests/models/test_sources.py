@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from originals import VAE_CONFIG, Original, build_original, save_configs, text_config, unet_config
 from safetensors.torch import load_file, save_file
 from tiny import build_model
@@ -70,9 +70,10 @@ def of_part(original: Original, part: str) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): tensor.float() for key, tensor in original.parameters.items() if key.startswith(prefix)}
 
 
-def test_a_ckpt_of_tensors_alone_is_read(small: Path) -> None:
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_ckpt_of_tensors_alone_is_read(small: Path, zipped: bool) -> None:
     original = build_original(small / "a.safetensors", "sd1")
-    torch.save({"state_dict": original.tensors, "global_step": 7}, small / "a.ckpt")
+    torch.save({"state_dict": original.tensors, "global_step": 7}, small / "a.ckpt", _use_new_zipfile_serialization=zipped)
     assert_same(load(str(small / "a.ckpt"), torch.float32), original, "sd1")
 
 
@@ -128,12 +129,32 @@ def test_who_predicts_noise_hands_it_back() -> None:
     assert sources.measured(Velocity())[0] == "v_prediction"
 
 
+@pytest.mark.parametrize("mark", ["edm_vpred.sigma_max", "edm_mean"])
+def test_other_noise_is_refused(small: Path, mark: str) -> None:
+    original = build_original(small / "a.safetensors", "sdxl")
+    save_file(original.tensors | {mark: torch.zeros(1)}, original.path)
+    with pytest.raises(WeightsError, match="whose noise is not that of SDXL"):
+        load(str(original.path), torch.float32)
+
+
+def test_a_second_name_of_the_projection_is_of_one_that_is_not_transposed(small: Path) -> None:
+    original = build_original(small / "a.safetensors", "sdxl")
+    name = "conditioner.embedders.1.model.text_projection"
+    save_file(
+        {k: t for k, t in original.tensors.items() if k != name} | {f"{name}.weight": original.tensors[name].T.contiguous()}, original.path
+    )
+    assert_same(load(str(original.path), torch.float32), original, "sdxl")
+
+
 def test_a_folder_is_overruled_by_what_is_asked(tmp_path: Path) -> None:
     folder = build_model(tmp_path / "tiny", "v_prediction")
     assert load(str(folder), torch.float32).scheduler.config.prediction_type == "v_prediction"
     assert load(str(folder), torch.float32, prediction_type="epsilon").scheduler.config.prediction_type == "epsilon"
     DDIMScheduler(prediction_type="sample").save_pretrained(folder / "scheduler")
     with pytest.raises(WeightsError, match="predicts sample, which"):
+        load(str(folder), torch.float32)
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    with pytest.raises(WeightsError, match="has FlowMatchEulerDiscreteScheduler for a scheduler"):
         load(str(folder), torch.float32)
 
 
@@ -145,6 +166,42 @@ def test_folders_of_half_precision_files_alone(tmp_path: Path) -> None:
         path.unlink()
     found = load(str(folder), torch.float16).unet.state_dict()
     assert all(torch.equal(found[key], whole[key]) for key in whole)
+    load(str(folder), torch.float16).unet.save_pretrained(folder / "unet", max_shard_size="50KB")  # whole after all, and in pieces
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert len(list((folder / "unet").glob("*.safetensors"))) > 1
+    found = load(str(folder), torch.float16).unet.state_dict()
+    assert all(torch.equal(found[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("unet", {"conv_in.bias": None}, "lacks conv_in.bias"),
+        ("unet", {"conv_more.bias": torch.zeros(1)}, "has, and the architecture has not, conv_more.bias"),
+        ("unet", {"conv_in.bias": torch.zeros(9)}, "cannot load"),
+        (
+            "unet",
+            {"conv_in.bias": torch.full((16,), torch.inf)},
+            "conv_in.bias of its UNet2DConditionModel has numbers that are not finite",
+        ),
+        ("vae", {"decoder.conv_in.bias": None}, "lacks decoder.conv_in.bias"),
+        ("text_encoder", {"final_layer_norm.bias": None}, "final_layer_norm.bias"),
+        ("text_encoder", {"text_model.embeddings.position_ids": torch.zeros(1, 16)}, ""),
+    ],
+)
+def test_no_folder_gets_random_weights(tmp_path: Path, part: str, change: dict[str, Any], message: str) -> None:
+    folder = build_model(tmp_path / "tiny")
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors: dict[str, Any] = load_file(path)
+    for key, tensor in change.items():
+        tensors[key if part != "text_encoder" or key in tensors else f"text_model.{key.removeprefix('text_model.')}"] = tensor
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})
+    if not message:
+        load(str(folder), torch.float32)
+        return
+    with pytest.raises(WeightsError) as error:
+        load(str(folder), torch.float32)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_another_vae_from_a_folder_or_a_file_with_or_without_its_prefix(small: Path) -> None:
@@ -154,7 +211,13 @@ def test_another_vae_from_a_folder_or_a_file_with_or_without_its_prefix(small: P
     vae.save_pretrained(small / "folder")
     bare = {key.removeprefix("first_stage_model."): t for key, t in other.tensors.items() if key.startswith("first_stage_model.")}
     save_file(bare, small / "vae.safetensors")
-    for source in (other.path, small / "folder", small / "vae.safetensors", small / "folder" / "diffusion_pytorch_model.safetensors"):
+    old = dict(other.vae)
+    for new, name in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        old = {key.replace(f".{new}.", f".{name}."): tensor for key, tensor in old.items()}
+    assert old.keys() != other.vae.keys()
+    save_file(old, small / "old.safetensors")
+    files = (other.path, small / "vae.safetensors", small / "old.safetensors", small / "folder" / "diffusion_pytorch_model.safetensors")
+    for source in (small / "folder", *files):
         found = load(str(own.path), torch.float32, vae=str(source)).vae.state_dict()
         assert all(torch.equal(found[key], other.vae[key]) for key in found)
     pruned = {key: tensor for key, tensor in own.tensors.items() if not key.startswith("first_stage_model.")}
@@ -216,8 +279,11 @@ def test_what_is_neither_here_nor_on_the_hub(tmp_path: Path, monkeypatch: pytest
         load("someone/model", torch.float32)  # tests are offline
     assert "\n" not in str(error.value)
     folder = build_model(tmp_path / "tiny")
-    monkeypatch.setattr(sources.DiffusionPipeline, "download", lambda name, **_: str(folder) if name == "someone/model" else "")
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(sources.DiffusionPipeline, "download", lambda name, **options: asked.update(options, name=name) or str(folder))
     assert load("someone/model", torch.float32).family == "sd1"
+    assert asked["name"] == "someone/model" and asked["use_safetensors"]
+    assert "safety_checker" in asked and "unet" not in asked  # what is given need not be fetched
 
 
 # ---------------------------------------------------------------- the configs that are shipped
