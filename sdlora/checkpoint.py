@@ -20,8 +20,10 @@ from torch import Tensor
 
 from sdlora.errors import TrainingError
 from sdlora.files import check_room, durable_folder, remove_folder, write_synced
+from sdlora.tensors import opened
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE, TENSORS = "manifest.json", "state.json", ".safetensors"
+FILE = re.compile(r"[a-z_]+\.safetensors|state\.json")  # what a manifest names: nothing outside its folder
 NAME = re.compile(r"step-(\d{8})$")
 LEAST = 2  # whole checkpoints that pruning leaves
 
@@ -37,12 +39,11 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write `folder`/step-00000123, then delete all but the newest `keep`. Raises OSError, as of a full disk before anything is written
     where it would not fit; what was there is whole then, and nothing half-written stays."""
-    final = folder / f"step-{checkpoint.step:08d}"
+    final = folder / _name(checkpoint.step)
     files = {
-        f"{name}.safetensors": serialise({k: t.detach().cpu().contiguous() for k, t in ts.items()})
-        for name, ts in checkpoint.tensors.items()
+        name + TENSORS: serialise({k: t.detach().cpu().contiguous() for k, t in ts.items()}) for name, ts in checkpoint.tensors.items()
     }
-    files["state.json"] = json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=2).encode()
+    files[STATE] = json.dumps({"step": checkpoint.step, **checkpoint.state}, indent=2).encode()
     manifest = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files[MANIFEST] = json.dumps(manifest, indent=2).encode()
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,21 +85,41 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def _load(path: Path, damaged: tuple[str, ...]) -> Checkpoint:
-    """Raises OSError or ValueError for one that is not whole."""
+    """Raises OSError or ValueError for one that is not whole, or that no run has written: hashes say who copied it, not who made it."""
     files = _read(path)
-    state = json.loads(files.pop("state.json"))
-    tensors = {name.removesuffix(".safetensors"): deserialise(data) for name, data in files.items()}
-    return Checkpoint(state.pop("step"), tensors, state, damaged)
+    state = _json(files.pop(STATE, b"null"))
+    step = state.pop("step", None) if isinstance(state, dict) else None
+    if not isinstance(step, int) or path.name != _name(step):
+        raise ValueError(f"{STATE} is not of this step")
+    return Checkpoint(step, {name.removesuffix(TENSORS): _tensors(path / name, data) for name, data in files.items()}, state, damaged)
 
 
 def _read(path: Path) -> dict[str, bytes]:
     """The files of a checkpoint but for its manifest. Raises OSError or ValueError where they are not what that says."""
-    manifest: dict[str, str] = json.loads((path / MANIFEST).read_bytes())
+    manifest = _json((path / MANIFEST).read_bytes())
+    if not isinstance(manifest, dict) or not all(map(FILE.fullmatch, manifest)):
+        raise ValueError(f"{MANIFEST} names other files than a checkpoint has")
     files = {name: (path / name).read_bytes() for name in manifest}
     for name, data in files.items():
         if hashlib.sha256(data).hexdigest() != manifest[name]:
             raise ValueError(f"{name} does not match its hash")
     return files
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
+
+
+def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    opened(path)  # so that the header is sound
+    tensors = deserialise(data)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path.name} has numbers in {name} that are not finite")
+    return tensors
 
 
 def _is_whole(path: Path) -> bool:
@@ -107,6 +128,10 @@ def _is_whole(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _named(folder: Path) -> list[Path]:

@@ -54,6 +54,12 @@ def restore(run: Run, layers: Mapping[str, Adapter], optimizer: Optimizer, avera
     newest = checkpoint.load_newest(run.checkpoints)
     if newest is None:
         return None
+    if newest.tensors.keys() != {"adapter", "optimizer", "average"} or not newest.state.keys() >= {
+        "optimizer",
+        "circumstances",
+        "bad_steps",
+    }:
+        raise TrainingError(f"{run.checkpoints}: step {newest.step} is not of a training run of this version; start a new run.")
     saved = checkpoint.unflatten(newest.tensors["adapter"])
     if saved.keys() != layers.keys():
         raise TrainingError(f"{run.folder}: its checkpoint is of other layers than its config.toml names; start a new run.")
@@ -63,8 +69,11 @@ def restore(run: Run, layers: Mapping[str, Adapter], optimizer: Optimizer, avera
         layer.load_state(saved[name])
     if len(newest.tensors["average"]) != len(average.values):
         raise TrainingError(f"{run.folder}: its config.toml has another optimizer.ema than its checkpoint; start a new run.")
-    optimizer.load_state(newest.tensors["optimizer"], newest.state["optimizer"])
-    average.load_tensors(newest.tensors["average"])
+    try:
+        optimizer.load_state(newest.tensors["optimizer"], newest.state["optimizer"])
+        average.load_tensors(newest.tensors["average"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise TrainingError(f"{run.folder}: its checkpoint does not fit its config.toml ({error}); start a new run.") from error
     return newest
 
 

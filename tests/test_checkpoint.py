@@ -1,11 +1,15 @@
 """Checkpoints: whole or not there, verified, the newest good one wins, old ones go last."""
 
+import hashlib
+import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save as serialise
 
 from sdlora.checkpoint import Checkpoint, flatten, load_newest, newest_whole, save, unflatten
 from sdlora.errors import TrainingError
@@ -109,3 +113,46 @@ def test_all_is_on_the_disk_before_the_name_and_the_name_before_old_ones_go(tmp_
     draft = f".tmp-{os.getpid()}-step-00000003"
     assert told[:5] == ["adapter.safetensors", "state.json", "manifest.json", draft, "rename step-00000003"]
     assert told[5:] == [tmp_path.name, f"rename .tmp-{os.getpid()}-old-step-00000001"]
+
+
+def forged(folder: Path, name: str, data: bytes, listed_as: str | None = None) -> None:
+    """Put `data` in the place of a checkpoint's file, with its right hash in the manifest."""
+    (folder / name).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest[listed_as or name] = hashlib.sha256(data).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def header(text: str, body: bytes = bytes(8)) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode() + body
+
+
+F32 = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+FORGERIES: dict[str, tuple[str, bytes]] = {
+    "a pickle": ("adapter.safetensors", pickle.dumps(print)),
+    "a name twice": ("adapter.safetensors", header(f'{{"a/up":{F32},"a/up":{F32}}}')),
+    "a large header": ("optimizer.safetensors", header("{" + " " * 5_000_000 + "}", b"")),
+    "not finite": ("adapter.safetensors", serialise({"a/up": torch.tensor([1.0, float("inf")])})),
+    "another step": ("state.json", b'{"step": 1}'),
+    "no step": ("state.json", b"[]"),
+    "a deep state": ("state.json", b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("name, data", FORGERIES.values(), ids=FORGERIES.keys())
+def test_right_hashes_do_not_make_a_checkpoint_sound(tmp_path: Path, name: str, data: bytes) -> None:
+    save(tmp_path, state(1), keep=2)
+    forged(save(tmp_path, state(2), keep=2), name, data)
+    newest = load_newest(tmp_path)
+    assert newest is not None and newest.step == 1 and len(newest.damaged) == 1
+
+
+@pytest.mark.parametrize("path", ["../secret.safetensors", "sub/../../secret.safetensors", "{absolute}"])
+def test_a_manifest_reaches_nothing_outside_its_folder(tmp_path: Path, path: str) -> None:
+    save(tmp_path / "steps", state(1), keep=2)
+    of = save(tmp_path / "steps", state(2), keep=2)
+    secret = serialise({"a": torch.ones(1)})
+    (tmp_path / "steps" / "secret.safetensors").write_bytes(secret)
+    forged(of, "extra.safetensors", secret, listed_as=path.replace("{absolute}", str(tmp_path / "steps" / "secret.safetensors")))
+    newest = load_newest(tmp_path / "steps")
+    assert newest is not None and newest.step == 1 and "names other files" in newest.damaged[0]
