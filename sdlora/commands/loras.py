@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.commands import Commands
-from sdlora.commands.layers import add_limit, add_out, add_target, limit_of, limit_said, target_of, tell, tell_total
+from sdlora.commands.layers import add_limit, add_target, limit_of, limit_said, target_of, tell, tell_total
 from sdlora.commands.terminal import say, shown, size
 from sdlora.errors import ConfigError, WeightsError
 
@@ -29,8 +29,8 @@ def add(commands: Commands) -> None:
     command.add_argument("--to", choices=("webui", "diffusers"), default="webui", help="whose names (default: webui)")
     command.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="of its numbers (default: the file's own)")
     command.add_argument("--family", choices=("sd1", "sd2", "sdxl"), help="where the file does not show it")
-    add_out(command)
-    command.set_defaults(call=convert_command, dry_run=False)
+    add_target(command)
+    command.set_defaults(call=convert_command)
 
     command = commands.add_parser("resize", help="cut a LoRA to a lower rank, of each layer or of what it needs")
     command.add_argument("file", type=Path, help="LoRA file")
@@ -71,8 +71,9 @@ def convert_command(parsed: argparse.Namespace) -> int:
     from sdlora.lora import formats
 
     with target_of(parsed) as target:
-        assert target is not None
-        formats.convert(parsed.file, target, to=parsed.to, precision=parsed.precision, family=parsed.family)
+        found = formats.convert(parsed.file, target, to=parsed.to, precision=parsed.precision, family=parsed.family)
+        scale = f"alpha {found.alpha:g}" if parsed.to == "webui" else "the scale in the matrices"
+        say(f"{found.layers} layers of {found.family} as {parsed.to} names them, {found.precision}, {scale}")
     return 0
 
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,11 +107,20 @@ def _rounded(alpha: float, precision: str) -> float:
     return torch.tensor(alpha).to(PRECISIONS[precision]).item() or 1.0
 
 
-def convert(source: Path, target: Path, *, to: str = "webui", precision: str | None = None, family: str | None = None) -> None:
+class Converted(NamedTuple):
+    """What a file was written anew as."""
+
+    layers: int
+    family: str
+    precision: str
+    alpha: float  # of every layer; diffusers' files have it in their matrices
+
+
+def convert(source: Path, target: Path | None, *, to: str = "webui", precision: str | None = None, family: str | None = None) -> Converted:
     """Write `source` anew as one of FORMATS, a layer at a time. Layers that have the file's most frequent alpha keep every bit.
 
-    precision: None for the source's own. family: where the source does not show it. Raises WeightsError, also rather than leave out what is
-    not understood.
+    target: None to compute and check, and write nothing. precision: None for the source's own. family: where the source does not show
+    it. Raises WeightsError, also rather than leave out what is not understood.
     """
     with open_lora(source) as file:
         file.refuse_unread()
@@ -126,6 +135,7 @@ def convert(source: Path, target: Path, *, to: str = "webui", precision: str | N
             metadata["ss_network_alpha"] = f"{alpha:g}"
         layers = (FORMATS[to](name, file.change(name), family, alpha) for name in file.layers)
         write(target, (item for tensors in layers for item in tensors.items()), metadata, precision)
+        return Converted(len(file.layers), family, precision, alpha)
 
 
 # ---------------------------------------------------------------- reading

@@ -81,9 +81,9 @@ def write(
     alpha: float,
     metadata: Callable[[int], Mapping[str, Any]],
 ) -> set[str]:
-    """Write a WebUI file of layers by readable name as they come; without a path they are only computed. `metadata` of the largest rank
-    is asked for in the end, and what is no text becomes JSON. Returns the kinds of change in it, see formats.kinds_of. Raises
-    WeightsError, OSError."""
+    """Write a WebUI file of layers by readable name as they come; without a path they are only computed and checked. `metadata` of the
+    largest rank is asked for in the end, and what is no text becomes JSON. Returns the kinds of change in it, see formats.kinds_of.
+    Raises WeightsError, OSError."""
     largest, kinds = 0, set[str]()
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -96,9 +96,5 @@ def write(
     def said() -> dict[str, str]:
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata(largest).items()}
 
-    if path is None:
-        for _ in tensors():
-            pass
-    else:
-        write_tensors(path, tensors(), said, "fp32")
+    write_tensors(path, tensors(), said, "fp32")
     return kinds

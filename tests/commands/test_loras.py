@@ -86,8 +86,12 @@ def test_inspect_tells_what_is_in_a_file(path: Path, capsys: pytest.CaptureFixtu
 
 def test_convert(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = path.with_name("b.safetensors")
-    assert main(["convert", str(path), "--to", "diffusers", "--precision", "bf16", "--family", "sd1", "--out", str(out)]) == 0
-    assert capsys.readouterr().out == f"Written: {out}, 0.0 MiB\n"
+    command = ["convert", str(path), "--to", "diffusers", "--precision", "bf16", "--family", "sd1", "--out", str(out)]
+    said = f"{len(NAMES)} layers of sd1 as diffusers names them, bf16, the scale in the matrices\n"
+    assert main([*command, "--dry-run"]) == 0 and not out.exists()
+    assert capsys.readouterr().out == said + f"Nothing written: {out} was a dry run\n"
+    assert main(command) == 0
+    assert capsys.readouterr().out == said + f"Written: {out}, 0.0 MiB\n"
     with safe_open(out, "pt") as file:
         assert set(file.keys()) == {f"{name}.lora_{side}.weight" for name in NAMES for side in "AB"}
         assert file.get_tensor(f"{NAMES[0]}.lora_A.weight").dtype == torch.bfloat16

@@ -323,6 +323,10 @@ def test_converting_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
     save_file({**load_file(source), "lora_unet_a.oft_blocks": torch.ones(1)}, source)
     with pytest.raises(WeightsError, match="oft_blocks"):
         convert(source, target, family="sd1")
+    save(source, {LAYER: Change(weight=torch.full((4, 3), 1e6))}, 1.0, {})
+    assert convert(source, None, family="sd1", precision="bf16").layers == 1
+    with pytest.raises(WeightsError, match="fp16 cannot hold"):
+        convert(source, None, family="sd1", precision="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
