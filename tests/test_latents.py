@@ -67,6 +67,20 @@ def expected(item: Item) -> Tensor:
     return torch.nn.functional.avg_pool2d(pixels, 8)
 
 
+def test_any_number_of_workers_gives_the_same_pictures_in_the_same_order(items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [{f"{number} {k}": item for k, item in enumerate(items)} for number in range(4)]
+
+    def by(workers: int) -> list[dict[str, Any]]:
+        monkeypatch.setattr("os.cpu_count", lambda: workers)
+        return list(latents_module.decoded(batches))
+
+    alone = by(1)
+    for workers in (2, 7):
+        for ours, theirs in zip(by(workers), alone, strict=True):
+            assert list(ours) == list(theirs)
+            assert all(torch.equal(ours[key].pixels, theirs[key].pixels) for key in ours)
+
+
 @pytest.mark.parametrize("together", [1, 2 * 16 * 16, 10**9])
 def test_a_fill_encodes_each_once_and_every_item_gets_its_own(
     tmp_path: Path, items: list[Item], monkeypatch: pytest.MonkeyPatch, together: int
