@@ -14,7 +14,6 @@ from sdlora.errors import ConfigError
 from sdlora.lora import formats
 from sdlora.lora.inits import CALIBRATED, INITS, Start
 from sdlora.lora.layers import Adapter, DoraLayer, Dropouts, FullLayer, LoraLayer, MoraLayer, NormAdapter
-from sdlora.lora.names import WEBUI
 from sdlora.lora.scaling import SCALINGS
 from sdlora.lora.targets import by_layer, find_norms, find_targets, groups_of, inject, seeded_generator
 from sdlora.models import families
@@ -73,7 +72,7 @@ def adapt(model: Model, config: Config, statistics: Statistics | None = None) ->
     }
     ranks = {name: min(rank, *modules[name].weight.flatten(1).shape) for name, rank in layer_ranks(adapted, config).items()}
     has_matrices = options.kind in ("lora", "dora")
-    alphas, unmatched = starting_alphas(adapted, ranks, config, WEBUI[model.family]) if has_matrices else ({}, [])
+    alphas, unmatched = starting_alphas(adapted, ranks, config) if has_matrices else ({}, [])
     if config.train.gradient_checkpointing:
         for module in model.parts.values():
             # transformers and diffusers checkpoint in training mode only; the models have no dropout that this would switch on
@@ -151,10 +150,8 @@ def layer_ranks(names: list[str], config: Config) -> dict[str, int]:
     return by_layer("lora.layer_ranks", names, dict.fromkeys(names, config.lora.rank), config.lora.layer_ranks)
 
 
-def starting_alphas(
-    names: list[str], ranks: Mapping[str, int], config: Config, stem: Callable[[str], str]
-) -> tuple[dict[str, float], list[str]]:
-    """The alpha that each layer starts from, and the layers that `lora.alpha_from` does not know. `stem`: their names in files."""
+def starting_alphas(names: list[str], ranks: Mapping[str, int], config: Config) -> tuple[dict[str, float], list[str]]:
+    """The alpha that each layer starts from, and the layers that `lora.alpha_from` does not know."""
     options, unmatched = config.lora, []
     # lora.alpha is given for lora.rank: layers of another rank get that which keeps the scale.
     scale = SCALINGS[options.scaling]
@@ -162,7 +159,7 @@ def starting_alphas(
     if options.alpha_from is not None:
         known = formats.read_scales(options.alpha_from)
         # and so do those of an earlier run, whatever its rank and scaling were
-        learned = {name: known[key] / scale(ranks[name]) for name in names if (key := stem(name)) in known}
+        learned = {name: known[name] / scale(ranks[name]) for name in names if name in known}
         if not learned:
             raise ConfigError(f"lora.alpha_from: {options.alpha_from} has none of the layers that are adapted here.")
         dead = [name for name, alpha in learned.items() if alpha == 0]

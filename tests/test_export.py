@@ -12,7 +12,6 @@ from tiny import build_model
 from sdlora import config as configs
 from sdlora import run
 from sdlora.lora import formats
-from sdlora.lora.names import WEBUI
 from sdlora.lora.report import inspect
 from sdlora.train import train
 
@@ -52,7 +51,7 @@ def test_an_sdxl_file_says_all_at_half_precision(sdxl: Path, tmp_path: Path) -> 
     assert said["ss_num_epochs"] == "2"  # four pictures of three an epoch
     assert float(said["ss_training_started_at"]) == pytest.approx((of.folder / "config.toml").stat().st_mtime)
     assert json.loads(said["ss_tag_frequency"]) == {"cats": {"ohwx": 3, "a cat": 3, "big": 3}}
-    assert formats.read_alphas(of.export).keys() == {WEBUI["sdxl"](layer.name) for layer in report.layers}
+    assert formats.read_alphas(of.export).keys() == {layer.name for layer in report.layers}
 
 
 def test_a_file_that_says_little(sdxl: Path, tmp_path: Path) -> None:

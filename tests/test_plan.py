@@ -113,7 +113,7 @@ def test_alphas_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["alphas", str(path)]) == 0
     told = capsys.readouterr().out
     assert "3 layers: alpha 8 to 10, median 9" in told
-    assert told.index("10  lora_unet_a_2") < told.index("Changed least")
+    assert told.index("10  unet.a.2") < told.index("Changed least")
     formats.save(path, factors, 8.0, {})
     assert main(["alphas", str(path)]) == 0
     assert "not learned" in capsys.readouterr().out

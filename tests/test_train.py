@@ -375,7 +375,7 @@ def prediction_of(tiny: Path, layers_of: run.Run | None = None, file: Path | Non
         for name, layer in adapt(model, config).layers.items():
             layer.load_state(saved[name])
     if file is not None:
-        formats.merge(model.parts, formats.load(file)[0], family=model.family)
+        formats.merge(model.parts, formats.load(file)[0])
     noisy, timesteps = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 700])
     with torch.no_grad():
         return family.predict(model, noisy, timesteps, family.encode_prompts(model, ["a cat", "dog"]), SIZES.expand(2, -1))

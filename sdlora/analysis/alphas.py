@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from sdlora.lora.targets import block_of
+
 KINDS = {
-    "self-attention": "attn1",
-    "cross-attention": "attn2",
-    "feed-forward": "_ff_",
-    "text attention": "self_attn",
-    "text feed-forward": "_mlp_",
+    "self-attention": ".attn1.",
+    "cross-attention": ".attn2.",
+    "feed-forward": ".ff.",
+    "text attention": ".self_attn.",
+    "text feed-forward": ".mlp.",
 }
 OTHER = "convolutions and projections"
-
-
-def block_of(name: str) -> str:
-    """The block of a layer's name in files, as options write it: `lora_unet_up_blocks_1_...` -> `up.1`, `mid`, `te.0`; else `unet`."""
-    found = re.match(r"lora_unet_(down|up)_blocks_(\d+)_|lora_unet_(mid)_block|lora_(te\d?)_text_model_encoder_layers_(\d+)_", name)
-    if found is None:
-        return "unet"
-    side, number, mid, encoder, layer = found.groups()
-    return mid or (f"{side}.{number}" if side else f"{encoder}.{layer}")
 
 
 def kind_of(name: str) -> str:
@@ -43,7 +35,7 @@ def plot(alphas: Mapping[str, float], path: Path, title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    order = ["te", "te1", "te2", "unet", "down", "mid", "up"]
+    order = ["te", "te2", "unet", "down", "mid", "up"]
     blocks = sorted({block_of(name) for name in alphas}, key=lambda b: (order.index(b.partition(".")[0]), int(b.partition(".")[2] or 0)))
     figure = Figure(figsize=(8, 1.6 + 0.28 * len(blocks)), layout="constrained")
     FigureCanvasAgg(figure)

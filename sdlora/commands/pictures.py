@@ -84,7 +84,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
             own = of.strengths(file.layers)
             for strength in set(own.values()):
                 changes = {name: file.change(name) for name in file.layers if own[name] == strength}
-                formats.merge(model.parts, changes, strength, model.family)
+                formats.merge(model.parts, changes, strength)
     if (clip_skip, max_tokens) != (1, TOKENS_A_CHUNK):
         say(f"Clip skip {clip_skip}, prompts of {max_tokens} tokens")
     parsed.out.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from sdlora.errors import TrainingError, WeightsError
 from sdlora.lora.change import Change
 from sdlora.lora.encodings import decode
-from sdlora.lora.names import WEBUI, readable, spellings
+from sdlora.lora.names import WEBUI, readable
 from sdlora.lora.targets import readable_name
 from sdlora.lora.tensor_file import PRECISIONS, write
 from sdlora.tensors import finite, opened, reading
@@ -289,12 +289,11 @@ def open_lora(path: Path) -> Iterator[LoraFile]:
 
 
 def load(path: Path) -> tuple[dict[str, Change], dict[str, str]]:
-    """Changes by the canonical stem of the file's family, fp32, and metadata. A missing alpha means scale 1. Raises WeightsError, also
-    rather than leave out what is not understood."""
+    """Changes by readable name, fp32, and metadata. A missing alpha means scale 1. Raises WeightsError, also rather than leave out what
+    is not understood."""
     with open_lora(path) as file:
         file.refuse_unread()
-        stem = WEBUI[file.family or "sd1"]
-        return {stem(name): file.change(name) for name in file.layers}, file.metadata
+        return {name: file.change(name) for name in file.layers}, file.metadata
 
 
 # ---------------------------------------------------------------- who reads what
@@ -339,14 +338,14 @@ def who_reads(changes: Iterable[Change]) -> list[str]:
 
 
 def read_alphas(path: Path) -> dict[str, float]:
-    """Canonical stem -> the alpha that the run behind a file learned, or what the file says where it is not one of ours."""
+    """Readable name -> the alpha that the run behind a file learned, or what the file says where it is not one of ours."""
     changes, metadata = load(path)
     alphas = {name: change.factors.alpha for name, change in changes.items() if change.factors is not None}
     return alphas | _learned(path, metadata, LEARNED_ALPHAS, changes)
 
 
 def read_scales(path: Path) -> dict[str, float]:
-    """Canonical stem -> the scale that the run behind a file learned, whatever its rank, or alpha / R where the file is not one of ours."""
+    """Readable name -> the scale that the run behind a file learned, whatever its rank, or alpha / R where the file is not one of ours."""
     changes, metadata = load(path)
     scales = {name: factors.alpha / factors.down.shape[0] for name, change in changes.items() if (factors := change.factors) is not None}
     return scales | _learned(path, metadata, LEARNED_SCALES, changes)
@@ -359,35 +358,34 @@ def _learned(path: Path, metadata: Mapping[str, str], key: str, changes: Mapping
             raise ValueError
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise WeightsError(f"{path}: its metadata {key} is damaged.") from None
-    return {stem: values[name] for stem in changes if (name := readable(stem)) in values}
+    return {name: values[name] for name in changes if name in values}
 
 
 # ---------------------------------------------------------------- into a model
 
 
-def modules_by_name(parts: Mapping[str, nn.Module], family: str = "sd1") -> dict[str, nn.Module]:
-    """Every module that a file may change, by each of its stems in files."""
+def modules_by_name(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Every module that a file may change, by readable name."""
     return {
-        stem: module
+        readable_name(part, path): module
         for part, model in parts.items()
         for path, module in model.named_modules()
         if isinstance(module, FOLDABLE)
-        for stem in spellings(readable_name(part, path), family)
     }
 
 
 @torch.no_grad()
-def merge(parts: Mapping[str, nn.Module], changes: Mapping[str, Change], strength: float = 1.0, family: str = "sd1") -> None:
+def merge(parts: Mapping[str, nn.Module], changes: Mapping[str, Change], strength: float = 1.0) -> None:
     """Apply a file's changes to the weights in place, as WebUIs do. Raises WeightsError when the model has no such layer."""
-    modules = modules_by_name(parts, family)
-    for key, change in changes.items():
-        module = modules.get(key)
+    modules = modules_by_name(parts)
+    for name, change in changes.items():
+        module = modules.get(name)
         if module is None:
-            raise WeightsError(f"The LoRA does not fit this model: it adapts {key}, which the model lacks.")
+            raise WeightsError(f"The LoRA does not fit this model: it adapts {name}, which the model lacks.")
         weight, bias = module.weight, module.bias
         assert isinstance(weight, Tensor)
         if not change.fits(weight.shape, bias.shape if isinstance(bias, Tensor) else None):
-            raise WeightsError(f"The LoRA does not fit this model: {key} has another shape.")
+            raise WeightsError(f"The LoRA does not fit this model: {name} has another shape.")
         weight += (strength * change.delta(weight)).to(weight)
         if change.bias is not None and isinstance(bias, Tensor):
             bias += (strength * change.bias).to(bias)

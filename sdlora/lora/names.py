@@ -110,7 +110,7 @@ WEBUI: dict[str, Callable[[str], str]] = {
 
 # What stems begin with in any program's files, by part: `_` begins a flat path and `.` one with dots. kohya's, LyCORIS', OneTrainer's,
 # diffusers' and ComfyUI's.
-_ANY_PREFIX: dict[str, tuple[str, ...]] = {
+ANY_PREFIX: dict[str, tuple[str, ...]] = {
     TEXT_ENCODER_2: ("lora_te2_", "lycoris_te2_", "lora_te2.", "clip_g.", "text_encoder_2.", "text_encoders.clip_g.transformer."),
     TEXT_ENCODER: (
         *("lora_te_", "lora_te1_", "lycoris_te_", "lycoris_te1_", "lora_te.", "lora_te1.", "clip_l."),
@@ -119,14 +119,14 @@ _ANY_PREFIX: dict[str, tuple[str, ...]] = {
     UNET: ("lora_unet_", "lycoris_unet_", "lycoris_", "lora_unet.", "unet.", "diffusion_model.", "model.diffusion_model."),
 }
 # Files of one part alone may name none.
-_BARE = {
+BARE = {
     TEXT_ENCODER: re.compile(r"(text_model|encoder|final_layer_norm)\b"),
     UNET: re.compile(
         r"(down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out|(time|add)_embedding)\b"
         r"|(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\.\d"
     ),
 }
-_PEFT = "base_model.model."  # before any of these
+PEFT = "base_model.model."  # before any of these
 # Module names with an underscore of their own, the longer first where one begins another: `_` stands for `.` between words only.
 _WORDS = (
     *("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "proj_in", "proj_out", "to_out", "to_q", "to_k", "to_v"),
@@ -137,15 +137,14 @@ _WORDS = (
 )
 _WORD = re.compile("|".join((*(rf"{word}(?![a-z])" for word in _WORDS), "[^_]+")))
 # What diffusers wrote before it used peft.
-_OLD = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-_OLD_BACK = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+OLD = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
 def readable(stem: str) -> str | None:
     """The readable name that any program's stem stands for, or None where it begins like none that is known."""
-    stem = stem.removeprefix(_PEFT)
-    known = ((part, prefix) for part, prefixes in _ANY_PREFIX.items() for prefix in prefixes if stem.startswith(prefix))
-    bare = ((part, "") for part, pattern in _BARE.items() if pattern.match(stem))
+    stem = stem.removeprefix(PEFT)
+    known = ((part, prefix) for part, prefixes in ANY_PREFIX.items() for prefix in prefixes if stem.startswith(prefix))
+    bare = ((part, "") for part, pattern in BARE.items() if pattern.match(stem))
     found = next(known, None) or next(bare, None)
     if found is None:
         return None
@@ -157,21 +156,4 @@ def readable(stem: str) -> str | None:
         path = path.replace(".processor.", ".")
         return f"{UNET}.{diffusers_path(f'{path}.0' if path.endswith('.to_out') else path)}"
     head, _, last = path.rpartition(".")
-    return readable_name(part, f"{head}.{_OLD[last]}" if last in _OLD else path)
-
-
-def spellings(name: str, family: str) -> list[str]:
-    """Every stem by which a known program writes this layer, the canonical one first."""
-    part, _, path = name.partition(".")
-    head, _, last = path.rpartition(".")
-    if part == UNET:
-        paths, old = [path, sgm_path(path, family)], []
-        if ".attn" in path:
-            old = [re.sub(r"(\.attn\d)\.", r"\1.processor.", path.removesuffix(".0"))]
-    else:
-        paths = [path, path.removeprefix("text_model.")]  # which transformers >= 5.6 leaves out
-        old = [f"{head}.{_OLD_BACK[last]}"] if last in _OLD_BACK else []
-    stems = [f"{prefix}{of.replace('.', '_') if prefix.endswith('_') else of}" for prefix in _ANY_PREFIX[part] for of in paths]
-    named = [f"{part}.{of}" for of in (*paths, *old)]
-    bare = [*paths, *old] if part in _BARE else []
-    return list(dict.fromkeys([WEBUI[family](name), *stems, *named, *bare, *(_PEFT + stem for stem in (*named, *bare))]))
+    return readable_name(part, f"{head}.{OLD[last]}" if last in OLD else path)

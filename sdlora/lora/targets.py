@@ -56,6 +56,7 @@ WHOLE: dict[str, tuple[str, ...]] = {
     "te1": ("text_encoder",),
     "te2": ("text_encoder_2",),
 }
+SHORT = {"text_encoder": "te", "text_encoder_2": "te2"}  # of a part, before the number of a block
 
 
 def groups_of(names: Collection[str]) -> list[str]:
@@ -136,10 +137,19 @@ def block_globs(text: str) -> list[str]:
     if not found:
         return [text]
     block, first, last = found.groups()
-    path = {"te": "text_encoder.text_model.encoder.layers", "te2": "text_encoder_2.text_model.encoder.layers"}.get(
-        block, f"unet.{block}_blocks"
-    )
+    encoder = next((part for part, short in SHORT.items() if short == block), None)
+    path = f"{encoder}.text_model.encoder.layers" if encoder else f"unet.{block}_blocks"
     return [f"{path}.{number}.*" for number in range(int(first), int(last or first) + 1)]
+
+
+def block_of(name: str) -> str:
+    """The block of a layer, as `block_globs` takes it: `down.0`, `mid`, `te2.11`; of a layer in none, its part: `unet`, `te`, `te2`."""
+    found = re.match(r"(?:unet\.(down|mid|up)_blocks?|(text_encoder(?:_2)?)\.text_model\.encoder\.layers)(?:\.(\d+))?\.", name)
+    if found is None:
+        part = name.partition(".")[0]
+        return SHORT.get(part, part)
+    side, encoder, number = found.groups()
+    return ".".join(filter(None, [side or SHORT[encoder], number]))
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:

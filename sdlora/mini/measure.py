@@ -110,7 +110,7 @@ def measure(options: Options) -> dict[str, Any]:
         any_kind = [world.sample_scene(Random(options.seed + n), (*world.SHAPES, *world.FILES)) for n in range(len(base))]
         results["reconstructions"] = judge(any_kind, reconstructions(model, any_kind, options.seed))
     else:
-        formats.merge(model.parts, formats.load(options.lora)[0], options.strength, model.family)
+        formats.merge(model.parts, formats.load(options.lora)[0], options.strength)
     drawn = {
         "base prompts": (base, draw(family, model, base, options.seed)),
         "concept": (concept, draw(family, model, concept, options.seed)),

@@ -9,13 +9,13 @@ import pytest
 import torch
 from originals import build_original
 from safetensors.torch import load_file, save_file
+from spellings import spellings
 from torch import Tensor
 
 from sdlora.cli import main
 from sdlora.lora import formats
 from sdlora.lora.change import Change, Factors
 from sdlora.lora.checkpoints import open_checkpoint
-from sdlora.lora.names import spellings
 from sdlora.tensors import read_header
 
 FAMILIES = ["sd1", "sd2", "sdxl"]

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from spellings import spellings
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora.lora.names import WEBUI, diffusers_path, readable, sgm_path, spellings
+from sdlora.lora.names import WEBUI, diffusers_path, readable, sgm_path
 from sdlora.lora.targets import TEXT_ENCODER_GROUPS, UNET_GROUPS, find_targets, readable_name
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -16,6 +16,7 @@ from sdlora.lora.targets import (
     TEXT_ENCODER_GROUPS,
     UNET_GROUPS,
     block_globs,
+    block_of,
     by_layer,
     find_norms,
     find_targets,
@@ -137,6 +138,26 @@ def test_the_last_matching_glob_wins() -> None:
 )
 def test_block_shorthand(text: str, globs: list[str]) -> None:
     assert block_globs(text) == globs
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "down.1"),
+        ("unet.mid_block.resnets.0.conv1", "mid"),
+        ("unet.up_blocks.3.upsamplers.0.conv", "up.3"),
+        ("text_encoder.text_model.encoder.layers.11.mlp.fc1", "te.11"),
+        ("text_encoder_2.text_model.encoder.layers.2.self_attn.q_proj", "te2.2"),
+    ],
+)
+def test_a_block_names_its_layers(name: str, block: str) -> None:
+    assert block_of(name) == block
+    assert selects(block, name)
+
+
+def test_layers_outside_of_blocks_are_of_their_part() -> None:
+    names = ("unet.conv_in", "unet.time_embedding.linear_1", "text_encoder.text_model.final_layer_norm", "text_encoder_2.text_projection")
+    assert list(map(block_of, names)) == ["unet", "unet", "te", "te2"]
 
 
 def test_layer_one_of_te_is_not_layer_ten() -> None:
