@@ -250,9 +250,9 @@ def test_ranks_by_layer_keep_the_scale_and_stop_at_the_weight(make: Any) -> None
     list(train(of))
     changes, _ = formats.load(of.export)
     ranks = {name: change.factors.down.shape[0] for name, change in changes.items() if change.factors is not None}
-    assert ranks["lora_unet_mid_block_attentions_0_proj_in"] == 2
-    assert ranks["lora_te_text_model_encoder_layers_0_mlp_fc1"] == 16  # its weight is 32 x 16
-    assert ranks["lora_te_text_model_encoder_layers_1_mlp_fc1"] == 4
+    assert ranks["unet.mid_block.attentions.0.proj_in"] == 2
+    assert ranks["text_encoder.text_model.encoder.layers.0.mlp.fc1"] == 16  # its weight is 32 x 16
+    assert ranks["text_encoder.text_model.encoder.layers.1.mlp.fc1"] == 4
     with pytest.raises(ConfigError, match=r"lora\.layer_ranks"):
         next(train(make(layer_ranks='{"nothing" = 2}')))
 
@@ -324,7 +324,7 @@ def test_alphas_of_a_foreign_file_are_those_of_its_layers(tmp_path: Path) -> Non
 
     path = tmp_path / "foreign.safetensors"
     formats.save(path, {"unet.a.to_q": Change(Factors(torch.ones(2, 3), torch.ones(4, 2), 8.0))}, 8.0, {})
-    assert formats.read_alphas(path) == {"lora_unet_a_to_q": 8.0}
+    assert formats.read_alphas(path) == {"unet.a.to_q": 8.0}
 
 
 def test_alphas_stay_above_their_floor(make: Any) -> None:
