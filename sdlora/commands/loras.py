@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sdlora.commands import Commands
+from sdlora.commands import Commands, effects
 from sdlora.commands.layers import add_limit, add_target, limit_of, limit_said, target_of, tell, tell_total
-from sdlora.commands.terminal import say, shown, size
+from sdlora.commands.terminal import drawn, say, size
 from sdlora.errors import ConfigError, WeightsError
 
 
@@ -17,6 +17,7 @@ def add(commands: Commands) -> None:
     command.add_argument("file", type=Path, help="LoRA file")
     command.add_argument("--layers", action="store_true", help="also show each layer")
     command.add_argument("--metadata", action="store_true", help="also show all metadata")
+    effects.add_to_inspect(command)
     command.set_defaults(call=inspect_command)
 
     command = commands.add_parser("alphas", help="show which layers a LoRA chose to change, by their learned alphas")
@@ -40,6 +41,7 @@ def add(commands: Commands) -> None:
 
 
 def inspect_command(parsed: argparse.Namespace) -> int:
+    effects.check(parsed)
     from sdlora.lora.report import inspect
 
     report = inspect(parsed.file)
@@ -64,6 +66,8 @@ def inspect_command(parsed: argparse.Namespace) -> int:
         say(f"Note: {line}.")
     if report.unread:
         say(f"Not understood: {', '.join(report.unread[:5])}{' ...' if len(report.unread) > 5 else ''}")
+    if parsed.base is not None:
+        effects.tell(parsed)
     return 0
 
 
@@ -82,6 +86,7 @@ def alphas_command(parsed: argparse.Namespace) -> int:
     from statistics import median
 
     from sdlora.analysis import alphas as analysis
+    from sdlora.analysis.blocks import plot
     from sdlora.lora import formats
 
     alphas = formats.read_alphas(parsed.file)
@@ -90,11 +95,8 @@ def alphas_command(parsed: argparse.Namespace) -> int:
     middle, low, high = median(alphas.values()), min(alphas.values()), max(alphas.values())
     say(f"{len(alphas)} layers: alpha {low:.4g} to {high:.4g}, median {middle:.4g}")
     if parsed.plot:
-        try:
-            analysis.plot(alphas, parsed.plot, f"{parsed.file.name}: what each layer learned")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--plot: cannot draw {parsed.plot}: {error}.") from None
-        say(f"Picture: {shown(parsed.plot)}")
+        with drawn(parsed.plot):
+            plot(alphas, parsed.plot, f"{parsed.file.name}: what each layer learned", "learned alpha")
     if low == high:
         say("All alike: this file's alphas were not learned.")
         return 0

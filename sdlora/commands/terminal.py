@@ -6,7 +6,11 @@ import argparse
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from sdlora.errors import ConfigError
 
 
 def say(line: str = "") -> None:
@@ -38,6 +42,16 @@ def shown(path: Path) -> Path:
 def size(of: int) -> str:
     """Bytes, for people."""
     return f"{of / 2**30:.2f} GiB" if of >= 2**30 else f"{of / 2**20:.1f} MiB"
+
+
+@contextmanager
+def drawn(path: Path) -> Iterator[None]:
+    """Around what draws the picture of --plot there."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot: cannot draw {path}: {error}.") from None
+    say(f"Picture: {shown(path)}")
 
 
 def quiet_libraries() -> None:

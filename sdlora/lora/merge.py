@@ -54,15 +54,21 @@ def changed_parameters(checkpoint: Checkpoint, sources: Sequence[Source]) -> lis
     found: dict[str, None] = {}
     for source in sources:
         for module, change in source.changes.items():
-            weight, bias = f"{module}.weight", f"{module}.bias"
-            if weight not in checkpoint.places:
-                raise WeightsError(f"{source.name} does not fit {checkpoint.path}: it changes {module}, which the model lacks.")
-            if not change.fits(checkpoint.shape(weight), checkpoint.shape(bias) if bias in checkpoint.places else None):
-                raise WeightsError(f"{source.name} does not fit {checkpoint.path}: {module} has another shape.")
+            weight, bias = require_fit(checkpoint, source.name, module, change)
             if source.strengths[module]:
                 found |= dict.fromkeys([weight] if change.shape is not None else [])
                 found |= dict.fromkeys([bias] if change.bias is not None else [])
     return list(found)
+
+
+def require_fit(checkpoint: Checkpoint, source: str, module: str, change: Change) -> tuple[str, str]:
+    """Names of the module's weight and bias. Raises WeightsError where the checkpoint has no module that can be changed so."""
+    weight, bias = f"{module}.weight", f"{module}.bias"
+    if weight not in checkpoint.places:
+        raise WeightsError(f"{source} does not fit {checkpoint.path}: it changes {module}, which the model lacks.")
+    if not change.fits(checkpoint.shape(weight), checkpoint.shape(bias) if bias in checkpoint.places else None):
+        raise WeightsError(f"{source} does not fit {checkpoint.path}: {module} has another shape.")
+    return weight, bias
 
 
 def merge(checkpoint: Checkpoint, sources: Sequence[Source], target: Path, notes: Sequence[Mapping[str, Any]]) -> dict[str, Size]:

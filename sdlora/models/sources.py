@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-import sdlora.mini
 from sdlora.errors import WeightsError
 from sdlora.lora.checkpoints import TEXT_ENCODER_PREFIXES, Place, places_of, says_v
 from sdlora.lora.targets import readable_name
+from sdlora.models.local import local_path
 from sdlora.models.tokenizer import AS_WRITTEN, clip_tokenizer
 from sdlora.tensors import opened, reading
 
@@ -68,7 +68,7 @@ def _require_finite(network: Any, origin: str) -> None:
 
 
 def _load(base: str, dtype: torch.dtype, has_vae: bool, prediction_type: str | None) -> Components:
-    path = sdlora.mini.WEIGHTS_DIR if base == "mini" else Path(base)
+    path = local_path(base)
     if path.is_dir():
         return _from_folder(path, dtype)
     if path.is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-import sdlora.mini
+from sdlora.models.local import local_path
 
 # Or text is split where the padding stands in it, which is "!" for OpenCLIP's encoders: but "cat!" ends with another token, 256, than the
 # "!" that pads, 0, and "!!!" is one of its own.
@@ -18,7 +18,7 @@ MERGES = Path(__file__).parent / "configs" / "clip_merges.txt.gz"
 
 def tokenizer_of(base: str) -> CLIPTokenizer:
     """What a base model splits prompts with: its own where it is a folder, else CLIP's."""
-    folder = (sdlora.mini.WEIGHTS_DIR if base == "mini" else Path(base)) / "tokenizer"
+    folder = local_path(base) / "tokenizer"
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **AS_WRITTEN) if folder.is_dir() else clip_tokenizer()
 
 

@@ -64,10 +64,10 @@ def write_checkpoint(path: Path, family: str, dtype: torch.dtype, tuned: bool = 
             body.add(key, tensor.to(dtype))
 
 
-def write_lora(path: Path, checkpoint: Path, family: str, rank: int, seed: int) -> None:
-    """Of attention and feed-forward layers of the UNet and of all text encoders."""
+def write_lora(path: Path, checkpoint: Path, family: str, rank: int, seed: int, layers: str = "attention+ff") -> None:
+    """Of layers of the UNet and of all text encoders: one of targets.PRESETS."""
     generator = torch.Generator().manual_seed(seed)
-    base, wanted = open_checkpoint(checkpoint), groups_of(["attention+ff"])
+    base, wanted = open_checkpoint(checkpoint), groups_of([layers])
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for parameter in base.places:

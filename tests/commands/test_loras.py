@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from originals import build_original
+from PIL import Image
 from safetensors import safe_open
 
 from sdlora.cli import main
@@ -95,3 +97,29 @@ def test_convert(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert set(file.keys()) == {f"{name}.lora_{side}.weight" for name in NAMES for side in "AB"}
         assert file.get_tensor(f"{NAMES[0]}.lora_A.weight").dtype == torch.bfloat16
     assert main(["convert", str(path), "--out", str(out)]) == 2 and "exists" in capsys.readouterr().err
+
+
+def test_what_a_lora_does_to_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = build_original(tmp_path / "base.safetensors", "sd1")
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    u = torch.linalg.svd(base.parameters[f"{name}.weight"]).U
+    even = u.sum(dim=1) / len(u) ** 0.5  # equally far from all of the base's
+    layers = [(name, Change(Factors(even[None], 50 * even[:, None], 1.0)))]
+    lorafile.write(tmp_path / "a.safetensors", layers, "sd1", 1.0, lambda rank: {})
+    command = ["inspect", str(tmp_path / "a.safetensors"), "--base", str(base.path), "--cache", str(tmp_path / "cache")]
+    assert main([*command, "--plot", str(tmp_path / "all.png")]) == 0
+    told = capsys.readouterr().out
+    assert "like any of the base's): 1 in 1 layers, 1.00 a layer\n  mid          1 in   1 layers  ####\n      1  " + name in told
+    assert f"Picture: {tmp_path / 'all.png'}" in told
+    assert main([*command, "--threshold", "0.01"]) == 0 and "): 0 in 1 layers" in capsys.readouterr().out
+    assert main([*command, "--layer", name, "--plot", str(tmp_path / "one.png")]) == 0
+    capsys.readouterr()
+    with Image.open(tmp_path / "all.png") as every, Image.open(tmp_path / "one.png") as one:
+        assert every.size != one.size
+    for wrong, said in (
+        (["--layer", "unet.x", "--plot", "x.png"], "the file has no unet.x"),
+        (["--layer", name], "say where, with --plot"),
+        (["--base", str(tmp_path / "none.safetensors")], "There is no file"),
+    ):
+        assert main([*command, *wrong]) == 2 and said in capsys.readouterr().err
+    assert main([*command[:2], "--plot", "x.png"]) == 2 and "name one with --base" in capsys.readouterr().err

@@ -99,17 +99,16 @@ def measure(row: str, seed: int) -> None:
 
 def intruders(file: Path) -> float:
     """Intruder dimensions among the ten largest singular vectors of an adapted layer, mean over layers."""
-    import torch
+    from sdlora.analysis.intruders import layers
+    from sdlora.analysis.spectrum import Spectra
+    from sdlora.data.cache import TensorCache
+    from sdlora.lora import lorafile
+    from sdlora.lora.checkpoints import open_checkpoint
+    from sdlora.models.local import local_path
 
-    from sdlora.analysis.intruders import count_intruders
-    from sdlora.lora import formats
-    from sdlora.models import families
-
-    _, model = families.load("mini", torch.float32, torch.device("cpu"))
-    modules = formats.modules_by_name(model.parts)
-    changes, _ = formats.load(file)
-    weights = {key: modules[key].weight for key in changes}
-    return mean(count_intruders(weights[key], weights[key] + change.delta(weights[key])) for key, change in changes.items())
+    spectra = Spectra(TensorCache(RUNS / "_cache" / "spectra", "mini"))
+    with lorafile.opened([file], folded=False) as (lora,):
+        return mean(layer.count() for layer in layers(lora, open_checkpoint(local_path("mini")), spectra))
 
 
 # Column -> key of a figure, what it is multiplied by, digits

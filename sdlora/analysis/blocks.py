@@ -1,0 +1,61 @@
+"""Numbers of layers by block and kind, as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdlora.lora.targets import block_of
+
+KINDS = {
+    "self-attention": ".attn1.",
+    "cross-attention": ".attn2.",
+    "feed-forward": ".ff.",
+    "text attention": ".self_attn.",
+    "text feed-forward": ".mlp.",
+}
+OTHER = "convolutions and projections"
+ORDER = ("te", "te2", "unet", "down", "mid", "up")  # of blocks
+
+
+def in_order(blocks: Sequence[str]) -> list[str]:
+    """Each once, as a model runs through them."""
+    return sorted(set(blocks), key=lambda block: (ORDER.index(block.partition(".")[0]), int(block.partition(".")[2] or 0)))
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, part in KINDS.items() if part in name), OTHER)
+
+
+def figure_of(width: float, height: float) -> Any:
+    """An empty figure that is drawn to a file, inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot(values: Mapping[str, float], path: Path, title: str, what: str) -> None:
+    """A dot for each layer, by its readable name: a row for each block in the model's order, a colour for each kind of layer. `what` the
+    values are stands below."""
+    blocks = in_order([block_of(name) for name in values])
+    figure = figure_of(8, 1.6 + 0.28 * len(blocks))
+    axes = figure.subplots()
+    for kind in (*KINDS, OTHER):
+        names = [name for name in values if kind_of(name) == kind]
+        if names:
+            # dots of one row are spread a little, so that equal values can be told apart
+            rows = [blocks.index(block_of(name)) + 0.5 * ((number * 0.618) % 1 - 0.5) for number, name in enumerate(names)]
+            axes.scatter([values[name] for name in names], rows, s=14, alpha=0.8, label=kind, linewidths=0)
+    middle = sorted(values.values())[len(values) // 2]
+    axes.axvline(middle, color="0.6", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(blocks)), blocks)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{what} (line: median)")
+    axes.set_title(title)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=120)
