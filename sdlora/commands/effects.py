@@ -1,22 +1,53 @@
-"""What a LoRA does to a base model: `sdlora inspect FILE --base MODEL`."""
+"""What a LoRA does to a base model, and less of it: `sdlora inspect FILE --base MODEL` and `sdlora repair`."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdlora import config
 from sdlora import run as runs
+from sdlora.commands import Commands
+from sdlora.commands.layers import add_limit, add_target, limit_of, limit_said, target_of, tell_total
+from sdlora.commands.layers import tell as tell_cuts
 from sdlora.commands.terminal import drawn, positive, say, share
 from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from sdlora.analysis.intruders import Layer
     from sdlora.analysis.spectrum import Spectra
+    from sdlora.lora.change import Change
+    from sdlora.lora.formats import LoraFile
+    from sdlora.lora.resize import Cut, Limit
 
+Repaired = tuple[str, "Change", "Cut | None"]
+"""A layer's name, its change, and what was cut off it."""
 SPECTRA = "spectra"  # folder in the cache
 SHOWN_DIRECTIONS = 64  # of each side in a picture of one layer
+
+
+def add(commands: Commands) -> None:
+    command = commands.add_parser(
+        "repair",
+        help="scale down what a LoRA brings in that the base does not know",
+        description="Write a plain LoRA whose intruder dimensions are scaled down, exactly at the rank plus their number, or cut to "
+        "--rank, --kept-energy or --max-error; or one without the singular values that may be noise.",
+    )
+    command.add_argument("file", type=Path, help="LoRA file")
+    command.add_argument(
+        "--method",
+        choices=("intruders", "threshold"),
+        default="intruders",
+        help="scale intruder dimensions, or take out what may be noise (Gavish & Donoho's hard threshold); default: intruders",
+    )
+    add_base(command, required=False)
+    command.add_argument("--scale", type=float, default=0.5, metavar="FACTOR", help="of an intruder's singular value (default: 0.5)")
+    add_limit(command)
+    add_target(command)
+    command.set_defaults(call=repair_command)
 
 
 def add_to_inspect(command: argparse.ArgumentParser) -> None:
@@ -94,3 +125,76 @@ def tell(parsed: argparse.Namespace) -> None:
             else:
                 title = f"{parsed.file.name}: intruder dimensions"
                 blocks.plot(counts, parsed.plot, title, f"intruders among the {parsed.top} largest singular vectors of each layer")
+
+
+# ---------------------------------------------------------------- repair
+
+
+def repair_command(parsed: argparse.Namespace) -> int:
+    if parsed.method == "intruders" and parsed.base is None:
+        raise ConfigError("--base: name the model that the LoRA is for; what is an intruder depends on it.")
+    if not 0 <= parsed.scale <= 1:
+        raise ConfigError(f"--scale {parsed.scale:g}: give a number from 0, which takes intruders out, to 1, which changes nothing.")
+    if parsed.method == "threshold" and limit_of(parsed) is not None:
+        raise ConfigError("--method threshold finds each layer's rank itself: leave out --rank, --kept-energy and --max-error.")
+    from sdlora.lora import lorafile
+    from sdlora.lora.metadata import of_file
+
+    with ExitStack() as stack:
+        target = stack.enter_context(target_of(parsed))
+        (file,) = stack.enter_context(lorafile.opened([parsed.file], folded=parsed.method == "threshold"))
+        alpha = float(max(1, lorafile.largest_rank(file)))
+        said = {"scale": parsed.scale, "top": parsed.top, "threshold": parsed.threshold} if parsed.method == "intruders" else {}
+
+        def metadata(rank: int) -> dict[str, Any]:
+            about = lorafile.shared_metadata([file]) | of_file(parsed.out.stem, rank, alpha)
+            return about | {"sdlora_repaired": {"from": parsed.file.name, "method": parsed.method, **said, **limit_said(parsed)}}
+
+        repaired = without_noise(file) if parsed.method == "threshold" else with_intruders_scaled(parsed, file, limit_of(parsed))
+        cuts: list[Cut] = []
+        kinds = lorafile.write(target, tell_cuts(repaired, cuts), file.family or "sd1", alpha, metadata)
+        tell_total(cuts, kinds)
+    return 0
+
+
+def with_intruders_scaled(parsed: argparse.Namespace, file: LoraFile, limit: Limit | None) -> Iterator[Repaired]:
+    """Within the limit, or exactly where there is none; what is not of low rank at the rank that keeps 99.99 % of it, as in an export."""
+    from sdlora.analysis.intruders import has_matrix, layers
+    from sdlora.analysis.repair import scale_intruders
+    from sdlora.lora.checkpoints import open_checkpoint
+    from sdlora.lora.resize import Limit, resize
+    from sdlora.models.local import local_path
+
+    found = []
+    for layer in layers(file, open_checkpoint(local_path(parsed.base)), spectra_of(parsed), parsed.top):
+        change, intruders = scale_intruders(layer, parsed.threshold, parsed.scale)
+        found.append(intruders)
+        exact = limit is None and change.is_plain
+        yield layer.name, *((change, None) if exact else resize(layer.name, change, limit or Limit(kept=0.9999)))
+    for name in file.layers:
+        if not has_matrix(change := file.change(name)):
+            yield name, change, None
+    say(f"{sum(found)} intruder dimensions in {sum(map(bool, found))} of {len(found)} layers, each scaled by {parsed.scale:g}")
+
+
+def without_noise(file: LoraFile) -> Iterator[Repaired]:
+    """Layers of which nothing is left are left out."""
+    from sdlora.analysis.intruders import has_matrix
+    from sdlora.analysis.repair import hard_threshold
+    from sdlora.lora.resize import Cut
+
+    left_out = []
+    for name in file.layers:
+        change = file.change(name)
+        if not has_matrix(change):
+            yield name, change, None
+            continue
+        kept, triplets, rank = hard_threshold(change)
+        if kept is None:
+            left_out.append(name)
+            continue
+        energy = triplets.energy()
+        norm, lost = (float(of.sum()) ** 0.5 for of in (energy, energy[rank:]))
+        yield name, kept, Cut(name, len(triplets.s), rank, norm, lost / norm)
+    if left_out:
+        say(f"Left out, as noise could make all of it: {', '.join(left_out[:5])}{' ...' if len(left_out) > 5 else ''} ({len(left_out)})")

@@ -1,5 +1,6 @@
 """What can be done with one LoRA file from the command line."""
 
+import json
 import os
 from pathlib import Path
 
@@ -123,3 +124,40 @@ def test_what_a_lora_does_to_a_base(tmp_path: Path, capsys: pytest.CaptureFixtur
     ):
         assert main([*command, *wrong]) == 2 and said in capsys.readouterr().err
     assert main([*command[:2], "--plot", "x.png"]) == 2 and "name one with --base" in capsys.readouterr().err
+
+
+def test_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = build_original(tmp_path / "base.safetensors", "sd1")
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = base.parameters[f"{name}.weight"]
+    u = torch.linalg.svd(weight).U
+    even = u.sum(dim=1) / len(u) ** 0.5
+    layers = [(name, Change(Factors(even[None], 50 * even[:, None], 1.0)))]
+    file, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    lorafile.write(file, layers, "sd1", 1.0, lambda rank: {"ss_seed": "7"})
+    command = ["repair", str(file), "--base", str(base.path), "--cache", str(tmp_path / "cache"), "--scale", "0.1", "--out"]
+    assert main([*command, str(out), "--dry-run"]) == 0 and not out.exists()
+    said = "1 intruder dimensions in 1 of 1 layers, each scaled by 0.1\n"
+    assert capsys.readouterr().out == said + f"Nothing written: {out} was a dry run\n"
+    assert main([*command, str(out)]) == 0
+    (change,), metadata = list(formats.load(out)[0].values()), formats.load(out)[1]
+    assert change.factors is not None and change.factors.down.shape[0] == 2 and metadata["ss_network_dim"] == "2"
+    assert json.loads(metadata["sdlora_repaired"])["scale"] == 0.1 and metadata["ss_seed"] == "7"
+    values = [torch.linalg.svdvals(weight + of.delta(weight)) for of in (layers[0][1], change)]
+    torch.testing.assert_close(values[1].sort().values, (values[0] * torch.tensor([0.1] + [1.0] * (len(u) - 1))).sort().values)
+
+    assert main([*command, str(tmp_path / "c.safetensors"), "--rank", "1"]) == 0
+    assert "Left out: " in capsys.readouterr().out
+    for wrong, error in ((["--scale", "2"], "from 0, which"), (["--method", "threshold", "--rank", "2"], "finds each layer's rank itself")):
+        assert main([*command, str(tmp_path / "d.safetensors"), *wrong]) == 2 and error in capsys.readouterr().err
+    assert main(["repair", str(file), "--out", str(tmp_path / "d.safetensors")]) == 2 and "--base: name" in capsys.readouterr().err
+
+
+def test_repair_by_threshold(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = path.with_name("b.safetensors")
+    assert main(["repair", str(path), "--method", "threshold", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    # 8, 4, 2, 1: the median of four is the lower middle, 2, and omega(4 / 6) 2.4; 8, 0, 0, 0: all that is not zero stays
+    assert f"     1     4  {(21 / 85) ** 0.5:.3%}   {NAMES[0]}" in told and f"     1     4   0.000%   {NAMES[1]}" in told
+    assert f"Left out, as noise could make all of it: {NAMES[2]} (1)" in told
+    assert len(formats.load(out)[0]) == 2
