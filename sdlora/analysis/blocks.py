@@ -59,3 +59,19 @@ def plot(values: Mapping[str, float], path: Path, title: str, what: str) -> None
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def bars(rows: Sequence[tuple[str, str, float]], path: Path, title: str) -> None:
+    """A bar for each (group, label, value), from top to bottom, a colour for each group."""
+    figure = figure_of(8, 1 + 0.26 * len(rows))
+    axes = figure.subplots()
+    groups = list(dict.fromkeys(group for group, _, _ in rows))
+    for number, group in enumerate(groups):
+        places = [place for place, row in enumerate(rows) if row[0] == group]
+        axes.barh(places, [rows[place][2] for place in places], color=f"C{number}", label=group)
+    axes.set_yticks(range(len(rows)), [label for _, label, _ in rows], fontsize="small")
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=120)

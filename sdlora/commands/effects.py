@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,12 @@ from sdlora import run as runs
 from sdlora.commands import Commands
 from sdlora.commands.layers import add_limit, add_target, limit_of, limit_said, target_of, tell_total
 from sdlora.commands.layers import tell as tell_cuts
-from sdlora.commands.terminal import drawn, positive, say, share
+from sdlora.commands.pictures import as_trained
+from sdlora.commands.terminal import drawn, lines_of, positive, quiet_libraries, say, share
 from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sdlora.analysis.drift import Said
     from sdlora.analysis.intruders import Layer
     from sdlora.analysis.spectrum import Spectra
     from sdlora.lora.change import Change
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Repaired = tuple[str, "Change", "Cut | None"]
 """A layer's name, its change, and what was cut off it."""
+MOST_CAPTIONS = 8  # of a file's training captions, the most frequent
 SPECTRA = "spectra"  # folder in the cache
 SHOWN_DIRECTIONS = 64  # of each side in a picture of one layer
 
@@ -52,6 +55,14 @@ def add(commands: Commands) -> None:
 
 def add_to_inspect(command: argparse.ArgumentParser) -> None:
     add_base(command, required=False)
+    command.add_argument("--drift", action="store_true", help="show instead how far it moves text embeddings")
+    command.add_argument("--leakage", action="store_true", help="show instead how far it changes predictions for prompts it is not for")
+    command.add_argument(
+        "--trigger", action="append", metavar="PROMPT", help="what it was trained for (default: its trigger word, or its training captions)"
+    )
+    command.add_argument("--class-noun", metavar="PROMPT", help="what its subject is, without the trigger: measured on its own")
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="what it should leave alone, one a line (default: a dozen things)")
+    command.add_argument("--device", default="auto", help="of --drift and --leakage: auto, cpu, cuda, mps")
     command.add_argument("--layer", metavar="NAME", help="with --plot: draw this layer's singular vectors against the base's")
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it, a row for each block")
 
@@ -73,11 +84,15 @@ def add_base(command: argparse.ArgumentParser, required: bool) -> None:
 
 def check(parsed: argparse.Namespace) -> None:
     """Before anything is read: what needs a base, or something else that is not there."""
-    asked = [name for name in ("plot", "layer") if getattr(parsed, name) is not None]
+    asked = [name for name in ("plot", "layer", "drift", "leakage") if getattr(parsed, name) not in (None, False)]
     if asked and parsed.base is None:
         raise ConfigError(f"--{asked[0]} shows what a LoRA does to a base model: name one with --base.")
     if parsed.layer is not None and parsed.plot is None:
         raise ConfigError("--layer is the one to draw: say where, with --plot FILE.png.")
+    if parsed.layer is not None and (parsed.drift or parsed.leakage):
+        raise ConfigError("--layer is for intruder dimensions: leave it out, or leave out --drift and --leakage.")
+    if parsed.drift and parsed.leakage and parsed.plot is not None:
+        raise ConfigError("--plot makes one picture: ask for --drift or --leakage.")
 
 
 def spectra_of(parsed: argparse.Namespace) -> Spectra:
@@ -88,6 +103,14 @@ def spectra_of(parsed: argparse.Namespace) -> Spectra:
 
 
 def tell(parsed: argparse.Namespace) -> None:
+    """What was asked for: intruder dimensions, or drift, or leakage."""
+    if parsed.drift or parsed.leakage:
+        tell_of_prompts(parsed)
+    else:
+        tell_intruders(parsed)
+
+
+def tell_intruders(parsed: argparse.Namespace) -> None:
     """Intruder dimensions by block, and the layers that have most."""
     from sdlora.analysis import blocks, intruders
     from sdlora.lora import lorafile
@@ -125,6 +148,83 @@ def tell(parsed: argparse.Namespace) -> None:
             else:
                 title = f"{parsed.file.name}: intruder dimensions"
                 blocks.plot(counts, parsed.plot, title, f"intruders among the {parsed.top} largest singular vectors of each layer")
+
+
+# ---------------------------------------------------------------- what it does to prompts
+
+
+def prompts_of(parsed: argparse.Namespace, metadata: Mapping[str, str]) -> dict[str, list[str]]:
+    """By group: what the LoRA is for, its class noun, and what it should leave alone."""
+    from sdlora.lora.report import tags_of
+    from sdlora.objective import GENERIC_PROMPTS
+
+    said = metadata.get("modelspec.trigger_phrase", "")
+    trained = parsed.trigger or ([said] if said else [tag for tag, _ in tags_of(metadata)[:MOST_CAPTIONS]])
+    if not trained:
+        raise ConfigError("--trigger: say a prompt that the LoRA is for; the file does not.")
+    others = list(GENERIC_PROMPTS) if parsed.prompts is None else lines_of("--prompts", parsed.prompts)
+    noun = {"class noun": [parsed.class_noun]} if parsed.class_noun else {}
+    return {"trained for": trained, **noun, "to be left alone": others}
+
+
+def tell_of_prompts(parsed: argparse.Namespace) -> None:
+    """The base model answers first, then the LoRA is merged into its weights and it answers again."""
+    quiet_libraries()
+    import torch
+
+    from sdlora.analysis import drift, leakage
+    from sdlora.lora import formats, lorafile
+    from sdlora.models import families
+    from sdlora.models.device import pick_device
+
+    with lorafile.opened([parsed.file], folded=False) as (file,):
+        groups = prompts_of(parsed, file.metadata)
+        clip_skip, max_tokens = as_trained(file.metadata)
+        family, model = families.load(
+            parsed.base, torch.float32, pick_device(parsed.device), clip_skip=clip_skip, chunks=max_tokens // config.TOKENS_A_CHUNK
+        )
+        said = {group: drift.say(family, model, of) for group, of in groups.items()} if parsed.drift else {}
+        asked = {group: leakage.ask(family, model, of) for group, of in groups.items()} if parsed.leakage else {}
+        before = {group: leakage.answers(family, model, of) for group, of in asked.items()}
+        formats.merge(model.parts, {name: file.change(name) for name in file.layers})
+    if parsed.drift:
+        tell_drift(parsed, said, {group: drift.say(family, model, of) for group, of in groups.items()})
+    if parsed.leakage:
+        after = {group: leakage.answers(family, model, of) for group, of in asked.items()}
+        tell_leakage(parsed, groups, {group: leakage.changes(before[group], after[group]) for group in groups})
+
+
+def tell_drift(parsed: argparse.Namespace, before: Mapping[str, Said], after: Mapping[str, Said]) -> None:
+    from sdlora.analysis import drift
+
+    say("Text embeddings of tokens, padding left out:")
+    say("  base norm      norm   off by   at most   turned (1 - cosine)")
+    for group in before:
+        for number, of in enumerate(drift.drifts(before[group], after[group])):
+            encoder = f", text encoder {number + 1} or pooled" if number else ""
+            say(f"{of.base_norm:11.2f}{of.norm:10.2f}{of.off:9.2%}{of.worst:10.2%}{of.turned:11.3%}   {group}{encoder}")
+    if parsed.plot is not None:
+        with drawn(parsed.plot):
+            drift.plot(before, after, parsed.plot, f"{parsed.file.name}: norms of text embeddings")
+
+
+def tell_leakage(parsed: argparse.Namespace, groups: Mapping[str, list[str]], changes: Mapping[str, list[float]]) -> None:
+    from sdlora.analysis.leakage import leakage
+
+    trained, *others = groups
+    say("Change of the noise prediction, as a share of it:")
+    for group, prompts in groups.items():
+        for prompt, change in zip(prompts, changes[group], strict=True):
+            say(f"{change:9.2%}   {group}: {prompt}")
+    for group in others:
+        name = "Leakage" if group == others[-1] else f"Of the {group}"
+        say(f"{name}: {leakage(changes[group], changes[trained]):.3f} of what changes where it was trained")
+    if parsed.plot is not None:
+        from sdlora.analysis.blocks import bars
+
+        rows = [(group, prompt, change) for group in groups for prompt, change in zip(groups[group], changes[group], strict=True)]
+        with drawn(parsed.plot):
+            bars(rows, parsed.plot, f"{parsed.file.name}: change of the noise prediction, as a share of it")
 
 
 # ---------------------------------------------------------------- repair

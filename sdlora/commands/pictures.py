@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdlora.commands import Commands, strengths
-from sdlora.commands.terminal import positive, quiet_libraries, say
+from sdlora.commands.terminal import lines_of, positive, quiet_libraries, say
 from sdlora.config import TOKENS_A_CHUNK
 from sdlora.errors import ConfigError
 
@@ -44,13 +44,9 @@ def add(commands: Commands) -> None:
 
 def generate_command(parsed: argparse.Namespace) -> int:
     quiet_libraries()
-    lines = list(parsed.prompt)
+    lines = [line for line in parsed.prompt if line and not line.startswith("#")]
     if parsed.prompts:
-        try:
-            lines += [line.strip() for line in parsed.prompts.read_text(encoding="utf-8-sig").splitlines()]
-        except OSError as error:
-            raise ConfigError(f"--prompts: cannot read {parsed.prompts}: {error.strerror}.") from None
-    lines = [line for line in lines if line and not line.startswith("#")]
+        lines += lines_of("--prompts", parsed.prompts)
     if not lines:
         raise ConfigError("There is no prompt: write one in quotes, or name a file with --prompts.")
 

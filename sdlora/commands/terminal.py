@@ -54,6 +54,15 @@ def drawn(path: Path) -> Iterator[None]:
     say(f"Picture: {shown(path)}")
 
 
+def lines_of(option: str, path: Path) -> list[str]:
+    """Of a file that `option` names: those with text that is no comment."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot read {path}: {error.strerror}.") from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def quiet_libraries() -> None:
     """Progress bars and notices of libraries would tear our own bar; what matters comes as an error or an event."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

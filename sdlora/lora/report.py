@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def inspect(path: Path) -> Report:
                 for what, keys in ABOUT.items()
                 if (found := next((said for k in keys if (said := file.metadata.get(k, "None")) not in ("", "None")), ""))  # kohya's "off"
             },
-            tags=_tags(file.metadata),
+            tags=tags_of(file.metadata),
             readers=tuple(readers(file.family, naming, kinds, layers)),
         )
 
@@ -133,8 +133,9 @@ def _naming(file: LoraFile) -> str:
     return "diffusers" if all(file.stem(name) == name for name in file.layers) else "other"
 
 
-def _tags(metadata: dict[str, str]) -> tuple[tuple[str, int], ...]:
-    """Over all folders; nothing where others wrote what is no table of counts."""
+def tags_of(metadata: Mapping[str, str]) -> tuple[tuple[str, int], ...]:
+    """Of the training captions, with their counts over all folders, the most frequent first; nothing where others wrote what is no table
+    of counts."""
     total: Counter[str] = Counter()
     try:
         for of_folder in json.loads(metadata.get("ss_tag_frequency", "{}")).values():

@@ -161,3 +161,36 @@ def test_repair_by_threshold(path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert f"     1     4  {(21 / 85) ** 0.5:.3%}   {NAMES[0]}" in told and f"     1     4   0.000%   {NAMES[1]}" in told
     assert f"Left out, as noise could make all of it: {NAMES[2]} (1)" in told
     assert len(formats.load(out)[0]) == 2
+
+
+def test_drift_and_leakage(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, said = tmp_path / "a.safetensors", tmp_path / "said.txt"
+    text = Change(Factors(torch.ones(1, 16), 0.1 * torch.ones(16, 1), 1.0))
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tags = json.dumps({"set": {"cat": 3, "a cat": 1}})
+    lorafile.write(file, [(layer, text)], "sd1", 1.0, lambda rank: {"ss_tag_frequency": tags})
+    said.write_text("# of ours\na dog\n")
+    command = ["inspect", str(file), "--base", str(place / "tiny"), "--device", "cpu", "--prompts", str(said), "--class-noun", "cat"]
+    assert main([*command, "--drift", "--plot", str(tmp_path / "drift.png")]) == 0
+    told = capsys.readouterr().out
+    groups = ["trained for", "class noun", "to be left alone"]
+    assert [line.split("%")[-1].strip() for line in told.splitlines() if line.endswith(tuple(groups))] == groups
+    assert main([*command, "--leakage", "--plot", str(tmp_path / "leakage.png")]) == 0
+    told = capsys.readouterr().out
+    for line in (
+        "trained for: cat",
+        "trained for: a cat",
+        "class noun: cat",
+        "to be left alone: a dog",
+        "Of the class noun: ",
+        "Leakage: ",
+    ):
+        assert line in told
+    assert (tmp_path / "drift.png").exists() and (tmp_path / "leakage.png").exists()
+    for wrong, error in (
+        (["--layer", layer, "--plot", "x.png"], "is for intruder dimensions"),
+        (["--leakage", "--plot", "x.png"], "one pic"),
+    ):
+        assert main([*command, "--drift", *wrong]) == 2 and error in capsys.readouterr().err
+    lorafile.write(file, [(layer, text)], "sd1", 1.0, lambda rank: {})
+    assert main([*command, "--leakage"]) == 2 and "--trigger: say a prompt" in capsys.readouterr().err
