@@ -160,6 +160,11 @@ class DataOptions(PictureOptions):
         description="Pictures of the class without your subject (as many an epoch as training pictures), with captions, or with "
         "data.class_noun as the caption. Short for a set with regularises = true.",
     )
+    holdout: Count = Field(
+        0,
+        description="Pictures of your subject that are not trained: the loss on them, with noise that stays, is told every "
+        "train.validate_every steps, and the LoRA where it was lowest is kept as NAME-best.safetensors.",
+    )
     on_bad_image: Literal["error", "skip"] = Field(
         "error", description="Whether an unreadable picture ends the run or is skipped and named."
     )
@@ -457,6 +462,7 @@ class TrainOptions(Section):
     device: str = Field("auto", description="Where to train: auto, cpu, cuda, cuda:1, mps.")
     threads: Count = Field(0, description="CPU threads; 0 leaves it to PyTorch. Part of what makes a run repeatable to the bit.")
     gradient_checkpointing: bool = Field(False, description="Compute activations twice to save memory.")
+    validate_every: PositiveInt = Field(50, description="Steps between two looks at the pictures of data.holdout.")
     checkpoint_every: Count = Field(250, description="Steps between checkpoints; 0 for the last one only.")
     keep_checkpoints: int = Field(2, ge=2, description="How many checkpoints stay on disk.")
     max_bad_steps: Count = Field(

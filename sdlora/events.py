@@ -78,6 +78,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Validated:
+    """The loss on held-out pictures, always with the same noise and timesteps."""
+
+    step: int
+    loss: float
+    path: str  # of the LoRA as it was then, where no step before had a lower loss; else empty
+
+
+@dataclass(frozen=True)
 class Previewed:
     step: int
     path: str
@@ -115,10 +124,10 @@ class Failed:
     message: str
 
 
-Event = Planned | Warned | Cached | Resumed | Stepped | Measured | Previewed | Saved | Exported | Stopped | Finished | Failed
+Event = Planned | Warned | Cached | Resumed | Stepped | Measured | Validated | Previewed | Saved | Exported | Stopped | Finished | Failed
 KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
-    for kind in (Planned, Warned, Cached, Resumed, Stepped, Measured, Previewed, Saved, Exported, Stopped, Finished, Failed)
+    for kind in (Planned, Warned, Cached, Resumed, Stepped, Measured, Validated, Previewed, Saved, Exported, Stopped, Finished, Failed)
 }
 LAST = (Stopped, Finished, Failed)
 SMOOTHING = 0.95  # share of the mean so far in the loss that is shown

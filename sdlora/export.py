@@ -23,11 +23,13 @@ from sdlora.models.family import Family, Model
 from sdlora.run import Run
 
 
-def export(run: Run, family: Family, model: Model, items: Sequence[Item], layers: Mapping[str, Adapter], step: int) -> events.Exported:
-    """Write the run's LoRA file, or that of a run stopped after `step`. Raises TrainingError rather than export a number that is not
-    finite, and OSError."""
+def export(
+    run: Run, family: Family, model: Model, items: Sequence[Item], layers: Mapping[str, Adapter], step: int, path: Path | None = None
+) -> events.Exported:
+    """Write the run's LoRA file, or that of a run stopped after `step`, or one at `path`. Raises TrainingError rather than export a
+    number that is not finite, and OSError."""
     config = run.config
-    path = run.export if step == config.train.steps else run.export_of(step)
+    path = path or (run.export if step == config.train.steps else run.export_of(step))
     changes, lost, worst = as_asked(layers, config.output)
     ranks = [change.factors.down.shape[0] for change in changes.values() if change.factors is not None]
     about = metadata(run, family, model, items, layers, step, max(ranks, default=config.lora.rank))

@@ -59,6 +59,11 @@ class Run:
         """Of the finished run."""
         return self.folder / f"{self.config.output.name}.safetensors"
 
+    @property
+    def best(self) -> Path:
+        """As it was where held-out pictures had the lowest loss."""
+        return self.folder / f"{self.config.output.name}-best.safetensors"
+
     def export_of(self, step: int) -> Path:
         """Of a run that was stopped: a file of its own, so that none of more steps is overwritten."""
         return self.folder / f"{self.config.output.name}-step{step:08d}.safetensors"

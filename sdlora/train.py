@@ -34,6 +34,7 @@ from sdlora.processes import ALONE, Processes
 from sdlora.prompts import BasePrompts
 from sdlora.run import Run
 from sdlora.saving import check_disk, circumstances, last_good, reservations, restore, save, when_there_is_room
+from sdlora.validation import hold_out, plan_of, validation_loss
 
 MATCH_EVERY = 10  # steps between two looks at matched rates, which move by a percent meanwhile; the first ten are all looked at
 MEASURE_EVERY = 25  # steps between two looks at alphas and pinned prompts
@@ -52,6 +53,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     options = config.optimizer
     optimizers.check(options.algorithm, schedule=options.schedule, ema=options.ema, matched=options.matched)
     items, skipped = find_items(config)
+    items, held_out = hold_out(items, config)
     buckets, repeats, batch_size = [item.placed.bucket for item in items], [item.repeats for item in items], config.train.batch_size
     plan = BatchPlan(buckets, repeats, batch_size * processes.count, config.train.seed)
 
@@ -64,6 +66,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     noise_schedule_of(model, config)  # refuses here what does not fit the model
 
     latents = Latents(TensorCache(run.cache / f"latents-{model.vae_fingerprint[:16]}", config.model.base), model, items)
+    unseen = Latents(TensorCache(run.cache / f"latents-{model.vae_fingerprint[:16]}", config.model.base), model, held_out)
     of_prompts = TensorCache(run.cache / f"prompts-{model.text_fingerprint[:16]}", config.model.base)
 
     def statistics(modules: Mapping[str, nn.Linear | nn.Conv2d], rank: int) -> dict[str, Tensor]:
@@ -109,10 +112,11 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     of_base = BasePrompts(of_prompts, family, model, layers.values())
     if processes.is_first:
         yield from until_stopped(run, latents.fill())
-        yield from until_stopped(run, of_base.fill(prompts_of(config, items, trains_text(layers))))
+        yield from until_stopped(run, unseen.fill())
+        yield from until_stopped(run, of_base.fill(prompts_of(config, [*items, *held_out], trains_text(layers))))
     processes.wait()
     set_aside(model, "vae")
-    if not trains_text(layers) and all(fixed_caption(item.example.caption, item.rules) is not None for item in items):
+    if not trains_text(layers) and all(fixed_caption(item.example.caption, item.rules) is not None for item in (*items, *held_out)):
         set_aside(model, *model.text_encoders)
 
     def draw(rows: Sequence[tuple[str, int]], name: str) -> events.Event:
@@ -130,17 +134,34 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
             return export(run, family, model, items, layers, step)
 
     def saved() -> events.Event:
-        return save(run, layers, optimizer, average, step, {"bad_steps": bad_steps, "circumstances": here})
+        return save(run, layers, optimizer, average, step, {"bad_steps": bad_steps, "lowest": lowest, "circumstances": here})
+
+    lowest: float | None = None  # loss on what is held out
+
+    def validated() -> events.Event:
+        nonlocal lowest
+        with as_exported(layers.values(), optimizer, average):
+            loss = validation_loss(validation)
+            if not step or (lowest is not None and loss >= lowest):
+                return events.Validated(step, loss, "")
+            path = export(run, family, model, items, layers, step, run.best).path
+        lowest = loss
+        return events.Validated(step, loss, path)
 
     objective = Objective(config, family, model, items, plan, latents, of_base, layers, processes)
+    validation = Objective(config, family, model, held_out, plan_of(held_out, config), unseen, of_base, layers)
     here, newest = circumstances(config, model, processes), restore(run, layers, optimizer, average)
     step, bad_steps = (newest.step, newest.state["bad_steps"]) if newest else (0, 0)
+    lowest = newest.state.get("lowest") if newest else None
     on_disk = step
     if newest:
         yield from reservations(newest, here)
         yield events.Resumed(step)
     elif prompts:
         yield draw([("base model", 0)], "step-00000000.png")
+    validates = processes.is_first and bool(held_out)
+    if validates and not newest:
+        yield validated()
 
     while step < config.train.steps and not processes.any(run.asked_to_stop()):
         began = time.perf_counter()
@@ -184,6 +205,8 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
         if step % MEASURE_EVERY == 0 or step == config.train.steps:
             yield events.Measured(step, alpha_quantiles(layers), objective.pinned_drift())
 
+        if validates and (step % config.train.validate_every == 0 or step == config.train.steps):
+            yield from when_there_is_room(run, step, validated)
         if processes.is_first and config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step < config.train.steps:
             yield from when_there_is_room(run, step, saved)
             on_disk = step

@@ -14,11 +14,13 @@ PAGE = PACKAGE.parent / "ui"
 LAYERS = [
     {"errors", "config", "events", "files", "tensors", "processes", "__init__"},
     {"run"},
+    {"grid"},
     {"diffusion", "lora", "data"},
     {"models", "optim"},
     {"checkpoint", "preview", "analysis", "adapt", "items"},
     {"latents", "prompts"},
     {"objective", "export", "plan", "saving"},
+    {"validation"},
     {"train"},
     {"commands"},
     {"cli"},

@@ -112,7 +112,7 @@ def plan_command(parsed: argparse.Namespace) -> int:
 def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
     """Lines to print; progress bars draw themselves on stderr."""
     bar = filling = None
-    started, smooth, finished, grid, lost, alphas, so_far = 0, None, None, "", "", "", ""
+    started, smooth, finished, grid, lost, alphas, so_far, unseen, best = 0, None, None, "", "", "", "", "", ""
     for event in stream:
         match event:
             case events.Planned():
@@ -133,11 +133,15 @@ def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
                 if bar is None:
                     bar = progress(event.steps, started, "step", "Training")
                 smooth = events.smoothed(smooth, event.loss)
-                figures = f"loss {smooth:.4f}, rate {event.rate:.1e}, norm drift {event.embedding_norm_drift:.1%}{alphas}"
+                figures = f"loss {smooth:.4f}, rate {event.rate:.1e}, norm drift {event.embedding_norm_drift:.1%}{alphas}{unseen}"
                 bar.set_postfix_str(figures, refresh=False)
                 bar.update(event.step - bar.n)  # steps that were skipped told nothing
             case events.Measured(alphas=found) if found:
                 alphas = f", alpha {found[2]:.3g} ({found[0]:.3g} to {found[-1]:.3g})"
+            case events.Validated(step=step, loss=loss, path=path):
+                unseen = f", held out {loss:.4f}"
+                if path:
+                    best = f"Lowest loss on held-out pictures: {loss:.4f} after step {step}. LoRA as it was then: {shown(Path(path))}"
             case events.Previewed(path=path):
                 grid = path
             case events.Exported():
@@ -154,8 +158,7 @@ def render(stream: Iterator[events.Event], run: runs.Run) -> Iterator[str]:
     for shown_bar in (filling, bar):
         if shown_bar is not None:
             shown_bar.close()
-    if lost:
-        yield lost
+    yield from filter(None, (lost, best))
     if finished:
         yield finished
 
