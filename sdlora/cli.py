@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from sdlora import __version__
-from sdlora.commands import cache, checkpoints, data, effects, loras, options, page, pictures, training
+from sdlora.commands import cache, checkpoints, data, effects, loras, options, page, pictures, sweeps, training
 from sdlora.commands.terminal import printable
 from sdlora.errors import ConfigError, SdloraError
 
-NOUNS = (training, page, pictures, data, loras, effects, checkpoints, cache, options)  # as `--help` lists them
-TAKE_OPTIONS = (["train"], ["plan"], ["data", "check"])  # commands that options of a training run may follow
+NOUNS = (training, sweeps, page, pictures, data, loras, effects, checkpoints, cache, options)  # as `--help` lists them
+TAKE_OPTIONS = (["train"], ["sweep"], ["plan"], ["data", "check"])  # commands that options of a training run may follow
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -75,3 +75,18 @@ def bars(rows: Sequence[tuple[str, str, float]], path: Path, title: str) -> None
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def front(points: Mapping[str, tuple[float, float]], best: Sequence[str], path: Path, across: str, up: str) -> None:
+    """A labelled dot for each point, in shares, and a line through the `best`."""
+    figure = figure_of(8, 6)
+    axes = figure.subplots()
+    axes.plot(*zip(*(points[name] for name in best), strict=True), color="0.7", zorder=0, label="Pareto front")
+    for name, (x, y) in points.items():
+        axes.scatter([x], [y], color="crimson" if name in best else "0.5", linewidths=0)
+        axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)

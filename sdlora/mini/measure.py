@@ -8,6 +8,7 @@ Prompts and seeds are fixed; none of them is used to train or tune anything.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import tyro
 from PIL import Image
 
+from sdlora.files import write_durably
 from sdlora.lora import formats
 from sdlora.mini import oracle, world
 from sdlora.models import families
@@ -41,6 +43,8 @@ class Options:
     seed: int = 20_000
     pinned: tuple[str, ...] = ()
     """Prompts that training pinned: base prompts with kinds that none of them names are then measured on their own, too."""
+    json: Path | None = None
+    """Write the figures there, too."""
     sheet: Path | None = None
     """Write the pictures that were judged, as one PNG."""
 
@@ -138,7 +142,10 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int = 20, gap: int =
 
 def main() -> None:
     options = tyro.cli(Options)
-    for name, shares in measure(options).items():
+    found = measure(options)
+    if options.json:
+        write_durably(options.json, json.dumps(found, indent=2).encode())
+    for name, shares in found.items():
         print(f"{name:16}" + "  ".join(f"{key} {share:6.1%}" for key, share in shares.items()), flush=True)
 
 
