@@ -8,21 +8,10 @@ Rows were chosen, and configs/mini.toml tuned, on other prompts and seeds than t
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import shutil
-import subprocess
-import sys
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "ablation.jsonl"
-CONFIG = HERE.parent.parent / "configs" / "mini.toml"
-RUNS = HERE.parent.parent / ".work" / "ablation"
+from study import CONFIG, Figures, Study, export_of, intruders
 
 OFF = {"loss.prior": "0", "loss.embedding_norm": "0"}
 HIGH = {"optimizer.text_encoder_rate": "1.4e-3", **OFF}
@@ -49,66 +38,24 @@ ROWS: dict[str, dict[str, str]] = {
 }
 
 
-def results() -> dict[tuple[str, int], dict[str, float]]:
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    read = [json.loads(line) for line in lines]
-    return {(r["row"], r["seed"]): r["figures"] for r in read}
-
-
-def run_name(row: str, seed: int) -> str:
-    return f"{list(ROWS).index(row)}-{seed}"
-
-
-def train_and_measure(row: str, seed: int) -> None:
-    name = run_name(row, seed)
-    shutil.rmtree(RUNS / name, ignore_errors=True)
-    fixed = {"preview.prompts": "[]", "output.runs": str(RUNS), "output.name": name, "train.seed": str(seed), "train.threads": "1"}
-    flags = [word for key, value in (fixed | ROWS[row]).items() for word in (f"--{key}", value)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (RUNS / f"{name}.log").open("w") as log:
-        subprocess.run([sys.executable, "-m", "sdlora", "train", str(CONFIG), *flags], env=environment, stdout=log, stderr=log, check=True)
-        subprocess.run([sys.executable, str(Path(__file__)), "--measure", row, str(seed)], env=environment, stderr=log, check=True)
-
-
-def measure(row: str, seed: int) -> None:
-    import torch
-
+def figures(folder: Path) -> Figures:
     from sdlora import config, events
-    from sdlora.mini.measure import Options
-    from sdlora.mini.measure import measure as by_oracle
+    from sdlora.mini.measure import Options, measure
 
-    torch.set_num_threads(1)
-    name = run_name(row, seed)
     pinned = config.load([CONFIG]).loss.pinned_prompts
-    found = by_oracle(Options(lora=RUNS / name / f"{name}.safetensors", pinned=pinned))
-    told = events.read(RUNS / name / "events.jsonl")
+    found = measure(Options(lora=export_of(folder), pinned=pinned))
+    told = events.read(folder / "events.jsonl")
     drifts = [e.embedding_norm_drift for e in told if isinstance(e, events.Stepped)]
     turned = [e.pinned_drift for e in told if isinstance(e, events.Measured)]
-    figures = {
+    return {
         "concept": found["concept"]["kind"],
         "kept": found["base prompts"]["kind"],
         "not pinned": found["not pinned"]["kind"],
         "unasked": found["base prompts"]["concept unasked"],
         "drift": mean(drifts[-50:]),
         "turned": turned[-1],
-        "intruders": intruders(RUNS / name / f"{name}.safetensors"),
+        "intruders": intruders(export_of(folder)),
     }
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"row": row, "seed": seed, "figures": figures}) + "\n")
-
-
-def intruders(file: Path) -> float:
-    """Intruder dimensions among the ten largest singular vectors of an adapted layer, mean over layers."""
-    from sdlora.analysis.intruders import layers
-    from sdlora.analysis.spectrum import Spectra
-    from sdlora.data.cache import TensorCache
-    from sdlora.lora import lorafile
-    from sdlora.lora.checkpoints import open_checkpoint
-    from sdlora.models.local import local_path
-
-    spectra = Spectra(TensorCache(RUNS / "_cache" / "spectra", "mini"))
-    with lorafile.opened([file], folded=False) as (lora,):
-        return mean(layer.count() for layer in layers(lora, open_checkpoint(local_path("mini")), spectra))
 
 
 # Column -> key of a figure, what it is multiplied by, digits
@@ -123,31 +70,11 @@ COLUMNS: dict[str, tuple[str, float, int]] = {
 }
 
 
-def table() -> str:
-    """Mean and, from two seeds on, half the range between the smallest and the largest."""
-    by_row: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for (row, _), figures in results().items():
-        by_row[row].append(figures)
-    lines = [f"| row | seeds | {' | '.join(COLUMNS)} |", f"|---|---|{'---|' * len(COLUMNS)}"]
-    for row in ROWS:
-        cells = []
-        for key, factor, digits in COLUMNS.values():
-            values = [factor * figures[key] for figures in by_row.get(row, [])]
-            if values:
-                spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-                cells.append(f"{mean(values):.{digits}f}{spread}{' %' if factor == 100 else ''}")
-        if cells:
-            lines.append(f"| {row} | {len(by_row[row])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def plot(path: Path) -> None:
     """A dot for each run: the concept against what was kept; a row's dots have one colour and its name beside their middle."""
     from matplotlib.figure import Figure
 
-    by_row: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for (row, _), figures in results().items():
-        by_row[row].append((100 * figures["concept"], 100 * figures["kept"]))
+    by_row = {row: [(100 * of["concept"], 100 * of["kept"]) for of in found] for row, found in STUDY.by_row().items()}
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots()
     rows = [row for row in ROWS if row in by_row]
@@ -165,25 +92,8 @@ def plot(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="only print the table")
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS), help="rows to train; all by default")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--measure", nargs=2, metavar=("ROW", "SEED"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure:
-        measure(options.measure[0], int(options.measure[1]))
-        return
-    if not options.table:
-        RUNS.mkdir(parents=True, exist_ok=True)
-        done = results()
-        wanted = [(row, seed) for seed in options.seeds for row in options.rows if (row, seed) not in done]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda pair: train_and_measure(*pair), wanted))
-    print(table())
-    plot(RESULTS.with_suffix(".png"))
-
+STUDY = Study(Path(__file__), ROWS, COLUMNS, figures, at_once=2)
 
 if __name__ == "__main__":
-    main()
+    if STUDY.main(__doc__):
+        plot(STUDY.results.with_suffix(".png"))
