@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -16,12 +18,14 @@ from sdlora.errors import ConfigError, TrainingError
 from sdlora.files import sweep, try_lock, write_durably
 
 CACHE = "_cache"
+Request = Literal["sample", "save"]  # pictures, or a checkpoint and a LoRA file, at the end of the step that is being taken
 CLOCKS_DIFFER = 2.0  # seconds between two readings of when a process began, which follow the system's clock
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, lock, pid, and `stop` once it is asked to."""
+    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, lock, pid, and `stop`, `sample` or `save`
+    once it is asked to."""
 
     folder: Path
 
@@ -106,6 +110,24 @@ class Run:
 
     def asked_to_stop(self) -> bool:
         return self.stop_file.exists()
+
+    def forget_requests(self) -> None:
+        for what in ("stop", *typing.get_args(Request)):
+            (self.folder / what).unlink(missing_ok=True)
+
+    def ask_for(self, what: Request) -> None:
+        (self.folder / what).touch()
+
+    def asked_for(self, what: Request) -> bool:
+        return (self.folder / what).exists()
+
+    def take_request(self, what: Request) -> bool:
+        """Whether somebody has asked for it; once for however many."""
+        try:
+            (self.folder / what).unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def create(config: Config) -> Run:

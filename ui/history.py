@@ -57,7 +57,7 @@ class History:
     def forget(self) -> None:
         self.offset = 0
         self.count = 0  # of events
-        self.series = _series(*STEPPED, *ALPHAS, "pinned")
+        self.series = _series(*STEPPED, *ALPHAS, "pinned", "memory")
         self.plan: events.Planned | None = None
         self.warnings: list[str] = []
         self.unknown = 0  # events that this version cannot read
@@ -115,6 +115,8 @@ class History:
                     self.series[name].add(event.step, value)
                 if event.pinned_drift is not None:
                     self.series["pinned"].add(event.step, event.pinned_drift)
+                if event.memory_bytes:
+                    self.series["memory"].add(event.step, event.memory_bytes / 2**30)
             case events.Exported():
                 self.exported = event
 

@@ -17,9 +17,9 @@ NEW_GROUP = 0x200  # Windows' CREATE_NEW_PROCESS_GROUP, which other systems' sub
 
 def train(run: Run) -> None:
     """Start training, or go on with it. Raises TrainingError where a process does so already."""
-    run.stop_file.unlink(missing_ok=True)  # of the last time: until the process has taken it away the page would show it as stopping
     if (pid := run.trained_by()) is not None:
         raise TrainingError(f"{run.folder.name} is being trained already, by process {pid}.")
+    run.forget_requests()  # of the last time: until the process has done so the page would show it as stopping
     process = spawn(["resume", str(run.folder)], run.log)
     run.claim(process.pid)
 

@@ -69,7 +69,7 @@ def with_others(find: Callable[[], runs.Run]) -> int:
 def follow_training(run: runs.Run, processes: Processes | None = None) -> int:
     with run.locked():
         run.claim(os.getpid())
-        run.stop_file.unlink(missing_ok=True)  # of the last time
+        run.forget_requests()  # of the last time
         logging.basicConfig(filename=run.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
         logging.captureWarnings(True)
         say(f"Run folder: {shown(run.folder)}")
