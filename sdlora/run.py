@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,7 @@ from sdlora.config import Config, Section
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.files import sweep, try_lock, write_durably
 
+NEW_GROUP = 0x200  # Windows' CREATE_NEW_PROCESS_GROUP, which other systems' subprocess lacks
 CACHE = "_cache"
 Request = Literal["sample", "save"]  # pictures, or a checkpoint and a LoRA file, at the end of the step that is being taken
 CLOCKS_DIFFER = 2.0  # seconds between two readings of when a process began, which follow the system's clock
@@ -105,6 +108,15 @@ class Run:
             return None
         return process.pid if lives else None
 
+    def start(self) -> subprocess.Popen[bytes]:
+        """A process that trains here, or goes on with it, whatever becomes of this one. Raises TrainingError where one does already."""
+        if (pid := self.trained_by()) is not None:
+            raise TrainingError(f"{self.folder.name} is being trained already, by process {pid}.")
+        self.forget_requests()  # of the last time: until the process has done so it would seem to stop
+        process = spawn(["resume", str(self.folder)], self.log)
+        self.claim(process.pid)
+        return process
+
     def ask_to_stop(self) -> None:
         self.stop_file.touch()
 
@@ -128,6 +140,26 @@ class Run:
         except FileNotFoundError:
             return False
         return True
+
+
+def spawn(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """`python -m sdlora ARGUMENTS`, which outlives this process; all that it says is added to `log`."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sdlora", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in our terminal is not for it
+            creationflags=NEW_GROUP if sys.platform == "win32" else 0,
+        )
+
+
+def folders(runs: Path) -> list[Path]:
+    """Of all runs in a folder of runs."""
+    if not runs.is_dir():
+        return []
+    return [path for path in runs.iterdir() if not path.name.startswith((".", "_")) and (path / "config.toml").is_file()]
 
 
 def create(config: Config) -> Run:

@@ -22,9 +22,9 @@ def build(places: Places) -> gr.Blocks:
         current = gr.Textbox(visible="hidden", elem_id="current")  # name of the run that is shown
         with gr.Tabs(selected="train") as tabs:
             with gr.Tab("Train", id="train"):
-                train.build(places, current)
+                screen = train.build(places, current)
             with gr.Tab("Runs", id="runs") as runs_tab:
-                runs.build(places, current, tabs, runs_tab)
+                runs.build(places, current, tabs, runs_tab, screen)
             with gr.Tab("Generate", id="generate"):
                 generate.build(places)
             with gr.Tab("Dataset", id="dataset"):

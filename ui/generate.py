@@ -11,6 +11,7 @@ import gradio as gr
 from PIL import Image
 
 from sdlora.errors import ConfigError, SdloraError
+from sdlora.run import folders
 
 from . import launch, live, markup
 from .markup import file_url, text
@@ -89,7 +90,7 @@ def build(places: Places) -> None:
         return *told, problem, parts
 
     def files() -> list[Any]:
-        found = [shown(path) for folder in live.folders(places.runs) for path in sorted(folder.glob("*.safetensors"))]
+        found = [shown(path) for folder in folders(places.runs) for path in sorted(folder.glob("*.safetensors"))]
         return [gr.update(choices=["", *found])] * LORAS
 
     gr.Timer(1.0).tick(tick, sent, [pictures, log, error, sent], concurrency_limit=None, **QUIET)

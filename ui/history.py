@@ -141,7 +141,8 @@ def of(path: Path) -> History:
 
 
 def status(run: Run, seen: History) -> str:
-    """A word of live.WORDS. A process that lives decides; then the last word of the one that does not."""
+    """A word of live.WORDS. A process that lives decides; then the last word of the one that does not; none ever lived where none left
+    its number."""
     if run.trained_by() is not None:
         return "stopping" if run.asked_to_stop() else "running"
     match seen.last:
@@ -149,7 +150,7 @@ def status(run: Run, seen: History) -> str:
             return "finished"
         case events.Stopped():
             return "stopped"
-    return "failed"
+    return "failed" if run.pid_file.exists() or seen.count else "waiting"
 
 
 KILLED = "It ended without a last word: it was killed, or the machine ran out of memory. The log may say more; Resume goes on."

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sdlora.run import Run
 
 from . import form, launch, live, markup
 from .files import PICTURES
-from .paths import FISH, Places, shown
+from .paths import BUILT_IN, FISH, Places, shown
 
 FIRST_PRESET = "mini"
 DROPPED = PICTURES | {".txt", ".caption"}
@@ -56,7 +57,19 @@ class Fields:
         return self.base, self.folder, self.trigger, self.name
 
 
-def build(places: Places, current: gr.Textbox) -> None:
+@dataclass(frozen=True)
+class Screen:
+    """What other pages need of the first. A config's text is put into it by setting `toml` and calling `use`."""
+
+    toml: gr.Textbox
+    use: Callable[..., Any]
+    use_inputs: list[Any]
+    use_outputs: list[Any]
+    config_of: Callable[..., Config]  # of another folder of pictures, and `inputs`
+    inputs: list[Any]
+
+
+def build(places: Places, current: gr.Textbox) -> Screen:
     start_texts = preset_texts(FIRST_PRESET, [], places)
     own = Fields.of(start_texts)
     with gr.Row(elem_classes="sd-train"):
@@ -78,7 +91,9 @@ def build(places: Places, current: gr.Textbox) -> None:
                 trigger = gr.Textbox(own.trigger, label="Trigger word", placeholder="ohwx", min_width=120, elem_id="trigger")
                 name = gr.Textbox(own.name, label="Name", min_width=120, elem_id="name")
             error = gr.HTML(elem_id="error")
-            start = gr.Button("Start", variant="primary", elem_id="start")
+            with gr.Row(elem_classes="sd-start"):
+                start = gr.Button("Start", variant="primary", elem_id="start", scale=2)
+                wait = gr.Button("Add to queue", elem_id="enqueue", scale=1)
             with gr.Accordion("All options", open=False, elem_id="options"):
                 told = gr.HTML(
                     {"preset": start_texts, "told": {}},
@@ -88,11 +103,11 @@ def build(places: Places, current: gr.Textbox) -> None:
                     elem_id="form",
                 )
             with gr.Accordion("Config file", open=False, elem_id="config"):
-                toml = gr.Textbox(label="The config as TOML", lines=14, max_lines=30, elem_classes="sd-code", elem_id="toml")
+                toml = gr.Textbox("", label="The config as TOML", lines=14, max_lines=30, elem_classes="sd-code", elem_id="toml")
                 with gr.Row():
                     show = gr.Button("Show", size="sm", elem_id="toml-show")
                     apply = gr.Button("Use this text", size="sm", elem_id="toml-use")
-                path = gr.Textbox(label="File", placeholder="configs/mine.toml", elem_id="toml-path")
+                path = gr.Textbox("", label="File", placeholder="configs/mine.toml", elem_id="toml-path")
                 with gr.Row():
                     load = gr.Button("Load", size="sm", elem_id="toml-load")
                     save = gr.Button("Save", size="sm", elem_id="toml-save")
@@ -129,12 +144,19 @@ def build(places: Places, current: gr.Textbox) -> None:
         places.check(config)
         return config
 
-    def start_run(dropped: list[str] | None, preset: str, over: list[str], base: str, folder: str, *values: Any) -> tuple[Any, ...]:
+    def of_folder(pictures: str, preset: str, over: list[str], base: str, folder: str, *values: Any) -> Config:
+        *own, told = values
+        told = told | {"told": told["told"] | {"data.sets": ""}}
+        return chosen(preset, over, base.strip() or BUILT_IN, pictures, *own, told)
+
+    def begin(how: Callable[[Run], None], dropped: list[str] | None, *values: Any) -> tuple[Any, ...]:
+        """Make the run, and have it trained now or in its turn."""
+        preset, over, base, folder, *others = values
         try:
             if dropped:
                 folder = str(keep(dropped, places))
-            run = runs.create(chosen(preset, over, base, folder, *values))
-            launch.train(run)
+            run = runs.create(chosen(preset, over, base, folder, *others))
+            how(run)
         except SdloraError as problem:
             return gr.skip(), gr.skip(), gr.skip(), markup.error(str(problem))
         return run.folder.name, folder, None, ""
@@ -245,14 +267,17 @@ def build(places: Places, current: gr.Textbox) -> None:
     timer.tick(tick, [current, sent], live_parts, concurrency_limit=None, **QUIET)
     current.change(None, current, None, js=REMEMBER)
     current.change(tick, [current, sent], live_parts, **QUIET)
-    start.click(start_run, [dropped, *everything], [current, folder, dropped, error], api_visibility="private")
+    begun = [current, folder, dropped, error]
+    start.click(partial(begin, launch.train), [dropped, *everything], begun, api_visibility="private")
+    wait.click(partial(begin, launch.queue_up), [dropped, *everything], begun, api_visibility="private")
     stop.click(stop_run, current, run_error, **QUIET)
     resume.click(resume_run, current, run_error, **QUIET)
     sample.click(lambda name: ask_run(name, "sample"), current, run_error, **QUIET)
     save_now.click(lambda name: ask_run(name, "save"), current, run_error, **QUIET)
     gr.on([preset.input, over.input], pick, everything, everything, **QUIET)
     show.click(show_toml, everything, [toml, config_note], **QUIET)
-    apply.click(use_toml, [toml, preset, over], [*fields, told, config_note], **QUIET)
+    screen = Screen(toml, use_toml, [toml, preset, over], [*fields, told, config_note], of_folder, everything)
+    apply.click(screen.use, screen.use_inputs, screen.use_outputs, **QUIET)
     load.click(load_toml, path, [toml, config_note], **QUIET)
     save.click(save_toml, [path, toml], config_note, **QUIET)
     kept = [*everything, *texts_of_file]
@@ -260,13 +285,14 @@ def build(places: Places, current: gr.Textbox) -> None:
     here = gr.context.Context.root_block
     here.load(recall, draft, kept, **QUIET)
     here.load(opened, None, current, **QUIET)
+    return screen
 
 
 def usable(run: Run, word: str) -> dict[str, str]:
     """Whether each button is of use, for a run that stands so."""
     return {
         "stop": str(word == "running"),
-        "resume": str(word in ("stopped", "failed")),
+        "resume": str(word in ("waiting", "stopped", "failed")),
         "sample": str(word == "running" and not run.asked_for("sample")),
         "save": str(word == "running" and not run.asked_for("save")),
     }
