@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from . import dataset, generate, runs, train
+from . import dataset, generate, loras, runs, train
 from .paths import Places
 
 STYLE = Path(__file__).parent / "style.css"
@@ -29,6 +29,8 @@ def build(places: Places) -> gr.Blocks:
                 generate.build(places)
             with gr.Tab("Dataset", id="dataset"):
                 dataset.build(places)
+            with gr.Tab("Inspect", id="inspect"):
+                loras.build(places)
     return page
 
 

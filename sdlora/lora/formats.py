@@ -351,14 +351,20 @@ def read_scales(path: Path) -> dict[str, float]:
     return scales | _learned(path, metadata, LEARNED_SCALES, changes)
 
 
-def _learned(path: Path, metadata: Mapping[str, str], key: str, changes: Mapping[str, Change]) -> dict[str, float]:
+def learned_alphas(path: Path, metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, float]:
+    """Of these layers, what the run behind a file says that it learned; none of other trainers' files. Raises WeightsError where that is
+    damaged."""
+    return _learned(path, metadata, LEARNED_ALPHAS, names)
+
+
+def _learned(path: Path, metadata: Mapping[str, str], key: str, names: Iterable[str]) -> dict[str, float]:
     try:
         values = {readable(stem): float(value) for stem, value in json.loads(metadata.get(key, "{}")).items()}
         if not all(map(math.isfinite, values.values())):
             raise ValueError
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise WeightsError(f"{path}: its metadata {key} is damaged.") from None
-    return {name: values[name] for name in changes if name in values}
+    return {name: values[name] for name in names if name in values}
 
 
 # ---------------------------------------------------------------- into a model
