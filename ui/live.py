@@ -119,11 +119,11 @@ def previews(run: Run) -> dict[int, dict[int, Path]]:
     return found
 
 
-def newest_previews(run: Run) -> dict[int, tuple[int, Path, str]]:
-    """Number of a prompt -> the last step that was drawn of it, the picture, the prompt."""
+def newest_previews(run: Run) -> list[tuple[int, Path, str]]:
+    """Of each prompt the last step that was drawn, the picture, and the prompt."""
     prompts, _ = drawn(run)
-    newest = {number: max(pictures.items()) for number, pictures in previews(run).items()}
-    return {number: (step, path, prompts[number] if number < len(prompts) else "") for number, (step, path) in newest.items()}
+    newest = [(number, *max(pictures.items())) for number, pictures in sorted(previews(run).items())]
+    return [(step, path, prompts[number] if number < len(prompts) else "") for number, step, path in newest]
 
 
 def drawn(run: Run) -> tuple[tuple[str, ...], bool]:

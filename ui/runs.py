@@ -176,18 +176,14 @@ def queue_of(places: Places) -> str:
 
 
 def previews_of(found: list[Run]) -> str:
-    """The newest picture of each prompt, runs side by side."""
-    newest = [live.newest_previews(run) for run in found]
-    rows = []
-    for number in sorted({number for of in newest for number in of}):
-        figures = "".join(
-            live.picture(path, step, prompt, run.folder.name)
-            for run, of in zip(found, newest, strict=True)
-            for step, path, prompt in ([of[number]] if number in of else [])
-        )
-        rows.append(f"<section><div>{figures}</div></section>")
+    """The newest picture of each prompt, runs that have drawn it side by side."""
+    by_prompt: dict[str, list[str]] = {}
+    for run in found:
+        for step, path, prompt in live.newest_previews(run):
+            by_prompt.setdefault(prompt, []).append(live.picture(path, step, prompt, run.folder.name))
+    rows = "".join(f"<section><h4>{text(prompt)}</h4><div>{''.join(figures)}</div></section>" for prompt, figures in by_prompt.items())
     is_small = all(live.drawn(run)[1] for run in found)
-    return f'<div class="sd-gallery{" small" if is_small else ""}">{"".join(rows)}</div>' if rows else ""
+    return f'<div class="sd-gallery{" small" if is_small else ""}">{rows}</div>' if rows else ""
 
 
 def losses_of(found: list[Run]) -> str:

@@ -395,3 +395,22 @@ def merge(parts: Mapping[str, nn.Module], changes: Mapping[str, Change], strengt
         weight += (strength * change.delta(weight)).to(weight)
         if change.bias is not None and isinstance(bias, Tensor):
             bias += (strength * change.bias).to(bias)
+
+
+class Merged:
+    """A model that files are merged into. A `restorable` one keeps what its layers were, to be itself again to the bit, which taking the
+    changes away would not give."""
+
+    def __init__(self, parts: Mapping[str, nn.Module], *, restorable: bool) -> None:
+        self.parts = parts
+        self.modules = modules_by_name(parts) if restorable else {}
+        self.before: dict[str, dict[str, Tensor]] = {}
+
+    def merge(self, changes: Mapping[str, Change], strength: float) -> None:
+        for name in changes.keys() & self.modules.keys() - self.before.keys():
+            self.before[name] = {key: value.clone() for key, value in self.modules[name].state_dict().items()}
+        merge(self.parts, changes, strength)
+
+    def restore(self) -> None:
+        for name, state in self.before.items():
+            self.modules[name].load_state_dict(state)
