@@ -21,7 +21,7 @@ from sdlora.data.captions import fixed_caption
 from sdlora.data.check import check, short
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.export import alpha_quantiles, export
-from sdlora.items import find_items
+from sdlora.items import find_items, write_pictures
 from sdlora.latents import Latents
 from sdlora.lora import calibrate, formats
 from sdlora.lora.layers import Adapter, LoraLayer, disabled, stop_dropping
@@ -29,7 +29,7 @@ from sdlora.models.device import memory_used, set_aside
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
-from sdlora.plan import describe, write_pictures
+from sdlora.plan import describe
 from sdlora.processes import ALONE, Processes
 from sdlora.prompts import BasePrompts
 from sdlora.run import Run

@@ -29,7 +29,7 @@ def build(places: Places) -> gr.Blocks:
             with gr.Tab("Generate", id="generate"):
                 generate.build(places, wishes)
             with gr.Tab("Dataset", id="dataset"):
-                dataset.build(places)
+                dataset.build(places, screen)
             with gr.Tab("Inspect", id="inspect"):
                 loras.build(places)
     return page
