@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from sdlora.errors import ConfigError
 
 Named = typing.TypeVar("Named", str, Path)
+Tables: typing.TypeAlias = dict[str, dict[str, Any]]  # section -> key -> value, as TOML has them
 LONGEST_TEXT = 4000  # characters of one text or path
 LONGEST_NAME = 255  # bytes of a file's or folder's name, as file systems have it
 
@@ -558,10 +559,25 @@ def load(files: Sequence[Path] = (), flags: Sequence[tuple[str, str]] = ()) -> C
 
     A flag is (name, value): the name is `section.key`, or the key alone where only one section has it. Raises ConfigError.
     """
-    merged: dict[str, Any] = {}
-    for path in files:
-        read = _read(path)
-        _check_names(read, path)
+    return merge([_read(path) for path in files], flags)
+
+
+def parse(text: str, name: str) -> Tables:
+    """The options that a TOML text sets, by section; `name` is the text's own in messages. Raises ConfigError."""
+    try:
+        read = _parsed(text)
+    except ValueError as error:
+        raise ConfigError(f"Cannot read {name} as TOML: {_short(str(error))}.") from None
+    for section, value in read.items():
+        _check_values({section: value}, "")
+    _check_names(read, name)
+    return read
+
+
+def merge(tables: Sequence[Tables], flags: Sequence[tuple[str, str]] = ()) -> Config:
+    """As `load`, of what `parse` gave."""
+    merged: Tables = {}
+    for read in tables:
         for section, values in read.items():
             merged.setdefault(section, {}).update(values)
     for name, text in flags:
@@ -619,20 +635,18 @@ def _short(text: str) -> str:
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Tables:
     try:
         if not path.is_file():  # a pipe would never end
             raise FileNotFoundError
         if path.stat().st_size > LARGEST_FILE:
             raise ConfigError(f"The config file {path} has more than {LARGEST_FILE:,} bytes: it is no config file.")
-        read = _parsed(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"No config file {path}.{_near(str(path), [str(p) for p in path.parent.glob('*.toml')])}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read the config file {path}: {_short(str(error))}.") from None
-    for section, value in read.items():
-        _check_values({section: value}, "")
-    return read
+    return parse(text, str(path))
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -663,25 +677,25 @@ def _check_values(value: Any, name: str, depth: int = 0) -> None:
             _check_values(of, name, depth + 1)
 
 
-def _check_names(read: dict[str, Any], path: Path) -> None:
+def _check_names(read: dict[str, Any], name: str) -> None:
     known = {option.name for option in options()}
     for section, values in read.items():
         if section not in Config.model_fields:
-            raise ConfigError(f"{path}: [{section}] is not a section of options.{_near(section, Config.model_fields)}")
+            raise ConfigError(f"{name}: [{section}] is not a section of options.{_near(section, Config.model_fields)}")
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: {section} must be a section, written [{section}].")
+            raise ConfigError(f"{name}: {section} must be a section, written [{section}].")
         for key in values:
             if f"{section}.{key}" not in known:
-                raise ConfigError(f"{path}: {section}.{key} is not an option.{_near(f'{section}.{key}', known)}")
-    _check_sets(read.get("data", {}).get("sets", []), path)
+                raise ConfigError(f"{name}: {section}.{key} is not an option.{_near(f'{section}.{key}', known)}")
+    _check_sets(read.get("data", {}).get("sets", []), name)
 
 
-def _check_sets(sets: Any, path: Path) -> None:
+def _check_sets(sets: Any, name: str) -> None:
     if not isinstance(sets, list) or not all(isinstance(one, dict) for one in sets):
-        raise ConfigError(f"{path}: data.sets must be tables, each written [[data.sets]].")
+        raise ConfigError(f"{name}: data.sets must be tables, each written [[data.sets]].")
     for key in (key for one in sets for key in one):
         if key not in SetOptions.model_fields:
-            raise ConfigError(f"{path}: {key} is not an option of [[data.sets]].{_near(key, SetOptions.model_fields)}")
+            raise ConfigError(f"{name}: {key} is not an option of [[data.sets]].{_near(key, SetOptions.model_fields)}")
 
 
 def _find(name: str) -> Option:

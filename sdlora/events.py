@@ -75,6 +75,7 @@ class Measured:
     step: int
     alphas: list[float]  # smallest, quartiles and largest over layers; empty where the kind of adapter has none
     pinned_drift: float | None  # mean over tokens of 1 - cosine between pinned prompts' embeddings and the base's; None: text untrained
+    memory_bytes: int = 0  # see models.device.memory_used; 0 of runs that did not tell
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from sdlora.data.captions import PLACEHOLDER, CaptionRules
 from sdlora.data.dataset import Example, Refuse, find_examples, find_subsets, refuse
 from sdlora.data.salience import most_detail
 from sdlora.errors import DataError
+from sdlora.files import write_durably
 
 
 @dataclass(frozen=True)
@@ -138,3 +140,22 @@ def _places(example: Example, data: DataOptions, refuse: Refuse) -> list[Placed]
         refuse(f"{example.path}: {error}")
         places = with_or_without(True)
     return places if data.crop != "random" else [crop for placed in places for crop in random_crops(placed, example.digest)]
+
+
+def write_pictures(path: Path, items: Sequence[Item]) -> None:
+    """What an epoch shows, a row for each way in which it shows a picture, as JSON: sizes in pixels, width before height."""
+    rows = [
+        {
+            "file": str(item.example.path),
+            "size": item.example.size,
+            "bucket": item.placed.bucket,
+            "resized": item.placed.resized,
+            "crop": item.placed.crop,  # left, top, right, bottom
+            "mirrored": item.mirrored,
+            "colours": item.colours,
+            "regularises": item.regularises,
+            "repeats": count * item.repeats,
+        }
+        for item, count in Counter(items).items()
+    ]
+    write_durably(path, ("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n").encode())

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,7 +14,6 @@ from sdlora import events, optim
 from sdlora.adapt import adapt, load_model
 from sdlora.config import Config
 from sdlora.data.batches import BatchPlan
-from sdlora.files import write_durably
 from sdlora.items import Item
 from sdlora.lora.layers import Adapter, LoraLayer
 from sdlora.lora.matched import expected_rate
@@ -97,25 +93,6 @@ def describe(config: Config, model: Model, items: Sequence[Item], plan: BatchPla
         base=config.model.base,
         assumed=list(model.notes),
     )
-
-
-def write_pictures(path: Path, items: Sequence[Item]) -> None:
-    """What an epoch shows, a row for each way in which it shows a picture, as JSON: sizes in pixels, width before height."""
-    rows = [
-        {
-            "file": str(item.example.path),
-            "size": item.example.size,
-            "bucket": item.placed.bucket,
-            "resized": item.placed.resized,
-            "crop": item.placed.crop,  # left, top, right, bottom
-            "mirrored": item.mirrored,
-            "colours": item.colours,
-            "regularises": item.regularises,
-            "repeats": count * item.repeats,
-        }
-        for item, count in Counter(items).items()
-    ]
-    write_durably(path, ("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n").encode())
 
 
 def estimate_memory(config: Config, model: Model, trainable: int, bucket: tuple[int, int]) -> int:

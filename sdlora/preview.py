@@ -50,15 +50,18 @@ def check_size(prompt: PicturePrompt, size_multiple: int) -> None:
             raise ConfigError(f"Prompt {prompt.text!r}: --{flag} {side} is not a multiple of {size_multiple} px, as this model needs.")
 
 
-def save_picture(picture: Image.Image, path: Path, prompt: PicturePrompt, *, model: str, lora: str = "") -> None:
-    """PNG with its parameters in the text chunk that A1111 writes and reads."""
+def save_picture(
+    picture: Image.Image, path: Path, prompt: PicturePrompt, *, model: str, lora: str = "", size: tuple[int, int] | None = None
+) -> None:
+    """PNG with its parameters in the text chunk that A1111 writes and reads. `size`: of one of its pictures, where it is a grid."""
+    width, height = size or picture.size
     info = PngInfo()
     fields = [
         f"Steps: {prompt.steps}",
         "Sampler: DPM++ 2M",
         f"CFG scale: {prompt.guidance:g}",
         f"Seed: {prompt.seed}",
-        f"Size: {picture.width}x{picture.height}",
+        f"Size: {width}x{height}",
         f"Model: {model}",
     ]
     lines = [prompt.text + lora, *([f"Negative prompt: {prompt.negative}"] if prompt.negative else []), ", ".join(fields)]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -15,13 +19,16 @@ from sdlora.config import Config, Section
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.files import sweep, try_lock, write_durably
 
+NEW_GROUP = 0x200  # Windows' CREATE_NEW_PROCESS_GROUP, which other systems' subprocess lacks
 CACHE = "_cache"
+Request = Literal["sample", "save"]  # pictures, or a checkpoint and a LoRA file, at the end of the step that is being taken
 CLOCKS_DIFFER = 2.0  # seconds between two readings of when a process began, which follow the system's clock
 
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, lock, pid, and `stop` once it is asked to."""
+    """A folder with config.toml, plan.json, events.jsonl, run.log, previews/, checkpoints/, lock, pid, and `stop`, `sample` or `save`
+    once it is asked to."""
 
     folder: Path
 
@@ -106,11 +113,58 @@ class Run:
             return None
         return process.pid if lives else None
 
+    def start(self) -> subprocess.Popen[bytes]:
+        """A process that trains here, or goes on with it, whatever becomes of this one. Raises TrainingError where one does already."""
+        if (pid := self.trained_by()) is not None:
+            raise TrainingError(f"{self.folder.name} is being trained already, by process {pid}.")
+        self.forget_requests()  # of the last time: until the process has done so it would seem to stop
+        process = spawn(["resume", str(self.folder)], self.log)
+        self.claim(process.pid)
+        return process
+
     def ask_to_stop(self) -> None:
         self.stop_file.touch()
 
     def asked_to_stop(self) -> bool:
         return self.stop_file.exists()
+
+    def forget_requests(self) -> None:
+        for what in ("stop", *typing.get_args(Request)):
+            (self.folder / what).unlink(missing_ok=True)
+
+    def ask_for(self, what: Request) -> None:
+        (self.folder / what).touch()
+
+    def asked_for(self, what: Request) -> bool:
+        return (self.folder / what).exists()
+
+    def take_request(self, what: Request) -> bool:
+        """Whether somebody has asked for it; once for however many."""
+        try:
+            (self.folder / what).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def spawn(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """`python -m sdlora ARGUMENTS`, which outlives this process; all that it says is added to `log`."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sdlora", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in our terminal is not for it
+            creationflags=NEW_GROUP if sys.platform == "win32" else 0,
+        )
+
+
+def folders(runs: Path) -> list[Path]:
+    """Of all runs in a folder of runs."""
+    if not runs.is_dir():
+        return []
+    return [path for path in runs.iterdir() if not path.name.startswith((".", "_")) and (path / "config.toml").is_file()]
 
 
 def create(config: Config) -> Run:

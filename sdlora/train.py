@@ -21,15 +21,15 @@ from sdlora.data.captions import fixed_caption
 from sdlora.data.check import check, short
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.export import alpha_quantiles, export
-from sdlora.items import find_items
+from sdlora.items import find_items, write_pictures
 from sdlora.latents import Latents
 from sdlora.lora import calibrate, formats
 from sdlora.lora.layers import Adapter, LoraLayer, disabled, stop_dropping
-from sdlora.models.device import set_aside
+from sdlora.models.device import memory_used, set_aside
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
-from sdlora.plan import describe, write_pictures
+from sdlora.plan import describe
 from sdlora.processes import ALONE, Processes
 from sdlora.prompts import BasePrompts
 from sdlora.run import Run
@@ -203,14 +203,19 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
                 time.perf_counter() - began,
             )
         if step % MEASURE_EVERY == 0 or step == config.train.steps:
-            yield events.Measured(step, alpha_quantiles(layers), objective.pinned_drift())
+            yield events.Measured(step, alpha_quantiles(layers), objective.pinned_drift(), memory_used(model.device))
 
         if validates and (step % config.train.validate_every == 0 or step == config.train.steps):
             yield from when_there_is_room(run, step, validated)
-        if processes.is_first and config.train.checkpoint_every and step % config.train.checkpoint_every == 0 and step < config.train.steps:
+        if not processes.is_first or step == config.train.steps:
+            continue
+        wanted = run.take_request("save")
+        if wanted or is_due(step, config.train.checkpoint_every):
             yield from when_there_is_room(run, step, saved)
             on_disk = step
-        if prompts and config.preview.every and step % config.preview.every == 0 and step < config.train.steps:
+        if wanted:
+            yield from when_there_is_room(run, step, exported)
+        if prompts and (run.take_request("sample") or is_due(step, config.preview.every)):
             yield draw([("LoRA", step)], f"step-{step:08d}.png")
 
     if not processes.is_first:
@@ -234,6 +239,11 @@ def until_stopped(run: Run, stream: Generator[events.Cached, None, None]) -> Gen
         if run.asked_to_stop():
             stream.close()
             return
+
+
+def is_due(step: int, every: int) -> bool:
+    """Never where `every` is 0."""
+    return every > 0 and step % every == 0
 
 
 def check_step(config: Config, model: Model) -> None:

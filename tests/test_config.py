@@ -63,7 +63,7 @@ def test_wrong_flags_get_one_sentence(flags: list[tuple[str, str]], message: str
         ("[lorra]\nrank = 4", "[lorra] is not a section of options. Did you mean lora?"),
         ("[train]\nrank = 4", "train.rank is not an option. Did you mean lora.rank?"),
         ("lora = 3", "must be a section"),
-        ("[lora\n", "Cannot read the config file"),
+        ("[lora\n", "a.toml as TOML"),
     ],
 )
 def test_wrong_files_get_one_sentence(tmp_path: Path, text: str, message: str) -> None:

@@ -10,9 +10,9 @@ from tiny import build_model
 from sdlora import config as configs
 from sdlora.cli import main
 from sdlora.errors import DataError
-from sdlora.items import find_items
+from sdlora.items import find_items, write_pictures
 from sdlora.lora import formats
-from sdlora.plan import plan, write_pictures
+from sdlora.plan import plan
 
 
 @pytest.fixture(scope="module")

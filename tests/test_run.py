@@ -34,6 +34,19 @@ def test_stop_file(tmp_path: Path) -> None:
     assert of.asked_to_stop()
 
 
+def test_a_request_is_taken_once(tmp_path: Path) -> None:
+    of = run.Run(tmp_path)
+    assert not of.take_request("save")
+    of.ask_for("save")
+    of.ask_for("save")
+    assert of.asked_for("save") and not of.asked_for("sample")
+    assert of.take_request("save") and not of.take_request("save")
+    of.ask_for("sample")
+    of.ask_to_stop()
+    of.forget_requests()
+    assert not of.asked_for("sample") and not of.asked_to_stop()
+
+
 TRAINER = """
 import sys, time
 from pathlib import Path

@@ -103,6 +103,8 @@ def test_a_run_tells_its_plan_steps_and_result(make: Any) -> None:
     assert (plan.images, plan.steps, plan.layers) == (5, 6, {"unet": 4 * 12, "text_encoder": 12})
     assert plan.buckets == {"32x32": 3, "40x24": 1, "24x40": 1}
     assert plan.memory_bytes > 10_000_000
+    (measured,) = [e for e in told if isinstance(e, events.Measured)]
+    assert 10_000_000 < measured.memory_bytes < 2 * plan.memory_bytes
     assert [e.step for e in told if isinstance(e, events.Stepped)] == [1, 2, 3, 4, 5, 6]
     assert [e.step for e in told if isinstance(e, events.Saved)] == [2, 4, 6]
     assert told[-1] == events.Finished(6, str(of.export))
@@ -140,6 +142,21 @@ def test_a_stop_file_ends_the_run_saved(make: Any) -> None:
     assert of.export_of(3).exists() and not of.export.exists()  # what a finished run has written stays
     newest = load_newest(of.checkpoints)
     assert newest is not None and newest.step == 3
+
+
+def test_pictures_and_a_save_are_had_when_asked_for_and_change_nothing(make: Any) -> None:
+    quiet = losses(train(make(checkpoint_every=0)))
+    of = make(checkpoint_every=0, prompts="a cat --s 2", preview__every=0)
+    told = []
+    for event in train(of):
+        told.append(event)
+        if isinstance(event, events.Stepped) and event.step == 3:
+            of.ask_for("sample")
+            of.ask_for("save")
+    shown = [(type(e), e.step) for e in told if isinstance(e, events.Saved | events.Exported | events.Previewed) and 0 < e.step < 6]
+    assert shown == [(events.Saved, 3), (events.Exported, 3), (events.Previewed, 3)]
+    assert of.export_of(3).is_file() and (of.previews / "00000003-00.png").is_file()
+    assert losses(told) == quiet
 
 
 def test_learned_alpha_moves_and_is_exported(make: Any) -> None:

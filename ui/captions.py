@@ -18,14 +18,21 @@ Captions = dict[str, str]  # name of a picture -> its caption, "" where it has n
 Change = Callable[[str], str]
 
 
-def read(places: Places, folder: str) -> Captions:
-    """Of all pictures directly in a folder, by name. Raises ConfigError, or DataError where captions are in a table or no text."""
+def read(places: Places, folder: str, only: str | None = None) -> Captions:
+    """Of all pictures directly in a folder, by name, or of one alone. Raises ConfigError, or DataError where captions are in a table or
+    no text."""
     inside = places.folder(folder, "Folder")
     for table in TABLES:
         if (inside / table).exists():
             raise DataError(f"The captions of {folder} are in {table}: edit them there.")
-    names = sorted(path.name for path in inside.iterdir() if path.suffix.lower() in PICTURES and not path.name.startswith("."))
-    return {name: read_one(places, inside / name) for name in names if path_of(places, inside / name) is not None}
+    names = sorted(path.name for path in inside.iterdir()) if only is None else [only]
+    found = [inside / name for name in names if is_picture(name) and path_of(places, inside / name) is not None]
+    return {path.name: read_one(places, path) for path in found if path.exists()}
+
+
+def is_picture(name: str) -> bool:
+    """A name alone, that no folder stands before."""
+    return Path(name).suffix.lower() in PICTURES and not name.startswith(".") and Path(name).name == name
 
 
 def read_one(places: Places, picture: Path) -> str:
@@ -33,11 +40,10 @@ def read_one(places: Places, picture: Path) -> str:
     return next((text for text in texts if text), "")
 
 
-def write(places: Places, folder: str, captions: Captions) -> int:
-    """Write those that differ from what stands there; how many did. Raises as `read`."""
-    now = read(places, folder)
+def write(places: Places, folder: str, captions: Captions, now: Captions) -> Captions:
+    """Write those that differ from what stands there `now`, which was read; what stands there then. Raises as `read`."""
     inside = places.folder(folder, "Folder")
-    changed = {name: caption.strip() for name, caption in captions.items() if name in now and caption.strip() != now[name]}
+    changed = differing(captions, now)
     for name, caption in changed.items():
         # Into the file that is there, as a second one beside it would say something else.
         target = next((path for path in sidecars(inside / name) if path.exists()), (inside / name).with_suffix(SUFFIXES[0]))
@@ -45,7 +51,12 @@ def write(places: Places, folder: str, captions: Captions) -> int:
             write_durably(target, (caption + "\n").encode())
         except OSError as error:
             raise DataError(f"Cannot write {target}: {error.strerror}.") from None
-    return len(changed)
+    return now | changed
+
+
+def differing(captions: Captions, now: Captions) -> Captions:
+    """Those of pictures that are there."""
+    return {name: caption.strip() for name, caption in captions.items() if name in now and caption.strip() != now[name]}
 
 
 def sidecars(picture: Path) -> list[Path]:

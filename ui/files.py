@@ -6,7 +6,7 @@ import io
 import os
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -53,7 +53,8 @@ def small(path: Path) -> bytes:
     """A WebP of at most THUMBNAIL px; pictures that are smaller stay as large as they are."""
     with Image.open(path, formats=SHOWABLE) as picture:
         picture.draft("RGB", (THUMBNAIL, THUMBNAIL))
-        shown = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        upright = ImageOps.exif_transpose(picture)  # as training and browsers turn it
+        shown = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     shown.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     shown.save(out, "WEBP", quality=80)

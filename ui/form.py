@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 
 from sdlora import config as configs
-from sdlora.config import Config, Option
+from sdlora.config import Config, Option, Tables
 from sdlora.errors import ConfigError
 
 from .markup import text
@@ -28,19 +27,34 @@ Texts = dict[str, str]  # option -> what its field says
 
 
 def presets() -> dict[str, str]:
-    """Name of each file in configs/ -> what it is for, which its first line says."""
+    """Name of each whole config in configs/ -> what it is for, which its first line says."""
+    return {name: about for name, about in _described().items() if "steps" in configs.parse(preset(name), name).get("train", {})}
+
+
+def additions() -> dict[str, str]:
+    """The same of those that are laid over a whole one: how long training takes is not theirs to say."""
+    return {name: about for name, about in _described().items() if name not in presets()}
+
+
+def preset(name: str) -> str:
+    """A preset's TOML."""
+    if name not in _described():
+        raise ConfigError(f"preset: there is none called {name}.")
+    return (PRESETS / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def layers(name: str, over: Sequence[str]) -> dict[str, str]:
+    """TOML by name: a preset, and what is laid over it."""
+    return {of: preset(of) for of in (name, *over)}
+
+
+@cache
+def _described() -> dict[str, str]:
     found = {}
     for path in sorted(PRESETS.glob("*.toml")):
         first = path.read_text(encoding="utf-8").partition("\n")[0]
         found[path.stem] = first.lstrip("# ").rstrip(":. ") + "."
     return found
-
-
-def preset(name: str) -> str:
-    """A preset's TOML."""
-    if name not in presets():
-        raise ConfigError(f"preset: there is none called {name}.")
-    return (PRESETS / f"{name}.toml").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- texts and configs
@@ -80,49 +94,38 @@ def as_toml(table: dict[str, Any]) -> str:
     return inline.as_string()
 
 
-def config_of(base: str, told: Mapping[str, str], runs: Path) -> Config:
-    """The config that TOML means with these texts over it; an empty text takes an option out of it. Raises ConfigError."""
-    try:
-        document = tomlkit.parse(base).unwrap()
-    except tomlkit.exceptions.TOMLKitError as error:
-        raise ConfigError(f"The config is not TOML: {error}.") from None
+def config_of(tomls: Mapping[str, str], told: Mapping[str, str], runs: Path) -> Config:
+    """The config that TOML texts mean, by their names, later ones over earlier ones, with what fields say over them; an empty field takes
+    an option out. Raises ConfigError."""
+    tables = [configs.parse(toml, name) for name, toml in tomls.items()]
     flags = [("output.runs", str(runs))]
     for name, of in told.items():
         if name not in OPTIONS:
             raise ConfigError(f"{name} is not an option.")
-        section, key = name.split(".")
         option, of = OPTIONS[name], of.strip()
-        table = document.setdefault(section, {})
-        table.pop(key, None)
-        if listed := elements(option, of):
-            table[key] = listed
-        elif of and option.type == "list of tables":
-            table[key] = tables(name, of)
-            table.pop("folder", None)  # which they stand in for
-        elif of or option.type == "text":
-            flags.append((name, f"[{of}]" if option.type.startswith("list") else of))
-        elif option.type.startswith("list") and not option.type.endswith("unset"):
-            table[key] = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.toml"
-        path.write_text(tomlkit.dumps(document), encoding="utf-8")
-        return configs.load([path], flags)
+        take_out(tables, name)
+        if option.type == "list of tables":
+            if of:
+                take_out(tables, "data.folder")  # which they stand in for
+                tables.append(configs.parse(f"{name} = {of}", name))
+        elif of or option.type == "text" or (option.type.startswith("list") and not option.type.endswith("unset")):
+            flags.append((name, as_flag(option, of)))
+    return configs.merge(tables, flags)
 
 
-def elements(option: Option, of: str) -> list[str]:
-    """Of a list of words; empty for other types."""
+def take_out(tables: Sequence[Tables], name: str) -> None:
+    section, key = name.split(".")
+    for table in tables:
+        table.get(section, {}).pop(key, None)
+
+
+def as_flag(option: Option, of: str) -> str:
+    """What a field says, as a flag would."""
     if option.type == "list of text":
-        return [line.strip() for line in of.splitlines() if line.strip()]
+        return tomlkit.item([line.strip() for line in of.splitlines() if line.strip()]).as_string()
     if option.type.startswith("list of ") and " | " in option.type:
-        return [word.strip() for word in of.split(",") if word.strip()]
-    return []
-
-
-def tables(name: str, of: str) -> list[dict[str, Any]]:
-    try:
-        return typing.cast(list[dict[str, Any]], tomllib.loads(f"value = {of}")["value"])
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{name} is not a TOML list of tables: {error}.") from None
+        return tomlkit.item([word.strip() for word in of.split(",") if word.strip()]).as_string()
+    return f"[{of}]" if option.type.startswith("list") else of
 
 
 def changes(told: Mapping[str, str], before: Mapping[str, str]) -> Texts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import ipaddress
+import re
 import secrets
 import socket
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sdlora.errors import ConfigError
 
 READING = ("GET", "HEAD")
+FETCHES = re.compile(r"/(file|proxy)=\s*[a-z][a-z+.-]*:/", re.IGNORECASE)  # Gradio's routes that would ask another machine for an address
 # Nothing is fetched from elsewhere, and no other page may show this one in a frame. Gradio writes its styles and makes its templates
 # at run time, which is what the words 'unsafe' are for.
 POLICY = (
@@ -52,7 +54,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        refusal = self.refusal(scope.get("method", "POST"), headers)  # a websocket has no method, and writes
+        refusal = self.refusal(scope.get("method", "POST"), scope["path"], headers)  # a websocket has no method, and writes
         if refusal is None:
             await self.app(scope, receive, with_headers(send))
         elif scope["type"] == "http":
@@ -62,7 +64,7 @@ class Guard:
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def refusal(self, method: str, headers: Headers) -> tuple[int, str] | None:
+    def refusal(self, method: str, path: str, headers: Headers) -> tuple[int, str] | None:
         """Status and reason, None where all is well."""
         host = headers.get("host", "")
         # A site that points its name at this machine (DNS rebinding) still sends that name.
@@ -74,6 +76,8 @@ class Guard:
                 return 403, "Another site's page asked for this."
         if self.auth is not None and not knows(headers.get("authorization", ""), self.auth):
             return 401, "Name and password, please."
+        if FETCHES.search(path):
+            return 404, "This page asks no other machine for anything."
         return None
 
 

@@ -57,7 +57,7 @@ class History:
     def forget(self) -> None:
         self.offset = 0
         self.count = 0  # of events
-        self.series = _series(*STEPPED, *ALPHAS, "pinned")
+        self.series = _series(*STEPPED, *ALPHAS, "pinned", "memory")
         self.plan: events.Planned | None = None
         self.warnings: list[str] = []
         self.unknown = 0  # events that this version cannot read
@@ -115,6 +115,8 @@ class History:
                     self.series[name].add(event.step, value)
                 if event.pinned_drift is not None:
                     self.series["pinned"].add(event.step, event.pinned_drift)
+                if event.memory_bytes:
+                    self.series["memory"].add(event.step, event.memory_bytes / 2**30)
             case events.Exported():
                 self.exported = event
 
@@ -139,7 +141,8 @@ def of(path: Path) -> History:
 
 
 def status(run: Run, seen: History) -> str:
-    """A word of live.WORDS. A process that lives decides; then the last word of the one that does not."""
+    """A word of live.WORDS. A process that lives decides; then the last word of the one that does not; none ever lived where none left
+    its number."""
     if run.trained_by() is not None:
         return "stopping" if run.asked_to_stop() else "running"
     match seen.last:
@@ -147,7 +150,7 @@ def status(run: Run, seen: History) -> str:
             return "finished"
         case events.Stopped():
             return "stopped"
-    return "failed"
+    return "failed" if run.pid_file.exists() or seen.count else "waiting"
 
 
 KILLED = "It ended without a last word: it was killed, or the machine ran out of memory. The log may say more; Resume goes on."

@@ -5,36 +5,51 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdlora.errors import TrainingError
+from sdlora import queue
+from sdlora import run as runs
 from sdlora.run import Run
 
-# A new group: Ctrl-C in the terminal of the page must not reach its children.
-NEW_GROUP = 0x200  # Windows' CREATE_NEW_PROCESS_GROUP, which other systems' subprocess lacks
+WATCH_SECONDS = 10.0  # longer than a process takes to begin, so that not two of them do
 
 
 def train(run: Run) -> None:
     """Start training, or go on with it. Raises TrainingError where a process does so already."""
-    run.stop_file.unlink(missing_ok=True)  # of the last time: until the process has taken it away the page would show it as stopping
-    if (pid := run.trained_by()) is not None:
-        raise TrainingError(f"{run.folder.name} is being trained already, by process {pid}.")
-    process = spawn(["resume", str(run.folder)], run.log)
-    run.claim(process.pid)
+    await_end(run.start())
+
+
+def queue_up(run: Run) -> None:
+    queue.add(run.folder.parent, run.folder.name)
+    work_off(run.folder.parent)
+
+
+def work_off(folder: Path) -> None:
+    """Have the queue in a folder of runs worked off, if something waits there and nobody does so. Two that begin at once do no harm."""
+    if queue.read(folder) and not queue.is_worked(folder):
+        spawn(["queue", str(folder)], folder / queue.FOLDER / "log.txt")
+
+
+def keep_working(folder: Path) -> None:
+    """From now on, and in the place of a process that has died."""
+
+    def watch() -> None:
+        while True:
+            work_off(folder)
+            time.sleep(WATCH_SECONDS)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def spawn(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """`python -m sdlora ARGUMENTS`; all that it says is added to `log`."""
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sdlora", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            creationflags=NEW_GROUP if sys.platform == "win32" else 0,
-        )
+    return await_end(runs.spawn(arguments, log))
+
+
+def await_end(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    """Without waiting for it here."""
     threading.Thread(target=process.wait, daemon=True).start()  # or it would stay in the process table when it has ended
     return process
 

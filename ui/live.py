@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from sdlora.errors import SdloraError
-from sdlora.run import Run
+from sdlora.run import Run, folders
 
 from . import history, plots
 from .history import History
@@ -18,7 +18,14 @@ LOG_BYTES = 16_384
 LOG_LINES = 60
 SMALL_SIDE = 128  # px of a picture's shorter side up to which it is enlarged by whole pixels
 PREVIEW = re.compile(r"(\d{8})-(\d\d)\.png")
-WORDS = {"running": "Training", "stopping": "Stopping after this step", "stopped": "Stopped", "finished": "Finished", "failed": "Failed"}
+WORDS = {
+    "waiting": "Not begun",
+    "running": "Training",
+    "stopping": "Stopping after this step",
+    "stopped": "Stopped",
+    "finished": "Finished",
+    "failed": "Failed",
+}
 NO_RUN = '<p class="sd-empty">No run yet. Choose pictures and press Start: progress, plots and sample pictures appear here.</p>'
 
 
@@ -91,17 +98,10 @@ def result(run: Run, seen: History) -> str:
 
 def gallery(run: Run) -> str:
     """A strip for each prompt, the newest step first."""
-    found: dict[int, dict[int, Path]] = {}
-    for entry in os.scandir(run.previews) if run.previews.is_dir() else ():
-        if match := PREVIEW.fullmatch(entry.name):
-            found.setdefault(int(match[2]), {})[int(match[1])] = Path(entry.path)
+    found = previews(run)
     if not found:
         return '<p class="sd-empty">Sample pictures appear here as the run draws them.</p>'
-    try:
-        prompts: tuple[str, ...] = run.config.preview.prompts
-        is_small = run.config.data.resolution <= SMALL_SIDE
-    except SdloraError:  # a config of another version: the pictures can be shown all the same
-        prompts, is_small = (), False
+    prompts, is_small = drawn(run)
     strips = []
     for number, pictures in sorted(found.items()):
         prompt = prompts[number] if number < len(prompts) else ""
@@ -110,25 +110,54 @@ def gallery(run: Run) -> str:
     return f'<div class="sd-gallery{" small" if is_small else ""}">{"".join(strips)}</div>'
 
 
-def picture(path: Path, step: int, prompt: str) -> str:
+def previews(run: Run) -> dict[int, dict[int, Path]]:
+    """Number of a prompt -> step -> its picture."""
+    found: dict[int, dict[int, Path]] = {}
+    for entry in os.scandir(run.previews) if run.previews.is_dir() else ():
+        if match := PREVIEW.fullmatch(entry.name):
+            found.setdefault(int(match[2]), {})[int(match[1])] = Path(entry.path)
+    return found
+
+
+def newest_previews(run: Run) -> list[tuple[int, Path, str]]:
+    """Of each prompt the last step that was drawn, the picture, and the prompt."""
+    prompts, _ = drawn(run)
+    newest = [(number, *max(pictures.items())) for number, pictures in sorted(previews(run).items())]
+    return [(step, path, prompts[number] if number < len(prompts) else "") for number, step, path in newest]
+
+
+def drawn(run: Run) -> tuple[tuple[str, ...], bool]:
+    """A run's prompts, and whether its pictures are small."""
+    try:
+        return run.config.preview.prompts, run.config.data.resolution <= SMALL_SIDE
+    except SdloraError:  # a config of another version: the pictures can be shown all the same
+        return (), False
+
+
+def picture(path: Path, step: int, prompt: str, name: str = "") -> str:
+    """`name`: of its run, where several are shown."""
     url = text(file_url(path))
     label = f"step {step:,}" if step else "base model"
+    label = f"{name}, {label}" if name else label
     return (
-        f'<figure><a href="{url}" target="_blank"><img loading="lazy" src="{url}" alt="{text(prompt)}, {label}"></a>'
-        f"<figcaption>{label}</figcaption></figure>"
+        f'<figure><a href="{url}" target="_blank"><img loading="lazy" src="{url}" alt="{text(prompt)}, {text(label)}"></a>'
+        f"<figcaption>{text(label)}</figcaption></figure>"
     )
 
 
 def log(path: Path) -> str:
-    """Its last lines."""
+    return f'<pre class="sd-log" tabindex="0">{text(chr(10).join(tail(path)))}</pre>'
+
+
+def tail(path: Path) -> list[str]:
+    """The last lines of a log; none where there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - LOG_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+            # A progress bar draws itself over and over behind carriage returns, which splitlines takes for line ends.
+            return file.read().decode(errors="replace").splitlines()[-LOG_LINES:]
     except FileNotFoundError:
-        lines = []
-    # A progress bar draws itself over and over behind carriage returns, which splitlines takes for line ends.
-    return f'<pre class="sd-log" tabindex="0">{text(chr(10).join(lines[-LOG_LINES:]))}</pre>'
+        return []
 
 
 def newest(runs: Path) -> str:
@@ -136,13 +165,6 @@ def newest(runs: Path) -> str:
     found = [Run(folder) for folder in folders(runs)]
     training = [run for run in found if run.trained_by() is not None]
     return max(training or found, key=changed).folder.name if found else ""
-
-
-def folders(runs: Path) -> list[Path]:
-    """Of all runs."""
-    if not runs.is_dir():
-        return []
-    return [path for path in runs.iterdir() if not path.name.startswith((".", "_")) and (path / "config.toml").is_file()]
 
 
 def changed(run: Run) -> float:

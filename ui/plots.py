@@ -87,7 +87,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def of_run(seen: History) -> str:
-    """The four plots of a run."""
+    """The plots of a run."""
     series, end = seen.series, seen.steps
     alphas = [
         Band(series["alpha_0"], series["alpha_100"], 3),
@@ -108,6 +108,8 @@ def of_run(seen: History) -> str:
             last_step=end,
         ),
         plot("Learned alphas", [Line("median of layers", series["alpha_50"], 3)], bands=alphas, form="{:.4g}".format, last_step=end),
+        plot("Drift of pinned prompts", [Line("1 - cosine", series["pinned"], 5)], form="{:.2g}".format, last_step=end),
+        plot("Memory", [Line("in use", series["memory"], 4)], form="{:.3g} GiB".format, last_step=end),
     ]
     return f'<div class="sd-plots">{"".join(figures)}</div>'
 

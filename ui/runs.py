@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
+from sdlora import config as configs
+from sdlora import queue
 from sdlora.errors import ConfigError, SdloraError
-from sdlora.run import Run
+from sdlora.run import Run, folders
 
 from . import form, history, launch, live, markup, plots
 from .markup import duration, text
 from .paths import Places
-from .train import QUIET
+from .train import QUIET, Screen
 
 COLUMNS = ("Run", "Status", "Steps", "Loss", "Pictures", "Last word")
 COMPARED = plots.COLOURS  # loss curves that can be told apart
 
 
-def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab) -> None:
+def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab, screen: Screen) -> None:
     with gr.Column(elem_classes="sd-page"):
         table = gr.HTML(elem_id="runs-table", apply_default_css=False)
         with gr.Row(elem_classes="sd-tools"):
             chosen = gr.Dropdown([], label="Run", elem_id="runs-chosen", scale=2)
             open_ = gr.Button("Open", size="sm", elem_id="runs-open")
             resume = gr.Button("Resume", size="sm", elem_id="runs-resume")
+            again = gr.Button("Duplicate", size="sm", elem_id="runs-again")
             delete = gr.Button("Delete ...", size="sm", variant="stop", elem_id="runs-delete")
         with gr.Row(visible=False, elem_classes="sd-tools", elem_id="runs-confirm") as confirming:
             question = gr.HTML(elem_id="runs-question")
             yes = gr.Button("Delete it for good", size="sm", variant="stop", elem_id="runs-yes")
             no = gr.Button("Keep it", size="sm", elem_id="runs-no")
+        with gr.Row(elem_classes="sd-tools"):
+            waits = gr.HTML(elem_id="runs-queue", apply_default_css=False)
+            add = gr.Button("Queue it", size="sm", elem_id="runs-add")
+            up = gr.Button("Earlier", size="sm", elem_id="runs-up")
+            out = gr.Button("Take out", size="sm", elem_id="runs-out")
         message = gr.HTML(elem_id="runs-message")
         several = gr.Dropdown([], label="Compare", multiselect=True, max_choices=COMPARED, elem_id="runs-several")
         losses = gr.HTML(elem_id="runs-losses", apply_default_css=False)
+        previews = gr.HTML(elem_id="runs-previews", apply_default_css=False)
         differences = gr.HTML(elem_id="runs-differences", apply_default_css=False)
 
     def refresh(name: str, names: list[str]) -> tuple[Any, ...]:
@@ -42,16 +53,17 @@ def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab) -> No
         kept = [one for one in names or () if one in found]
         return (
             table_of(list(found.values())),
+            queue_of(places),
             gr.update(choices=list(found), value=name if name in found else next(iter(found), None)),
             gr.update(choices=list(found), value=kept),
         )
 
-    def compare(names: list[str]) -> tuple[str, str]:
+    def compare(names: list[str]) -> tuple[str, str, str]:
         try:
             found = [places.run(name) for name in names or ()]
-            return losses_of(found), differences_of(found) if len(found) >= 2 else ""
+            return losses_of(found), previews_of(found), differences_of(found) if len(found) >= 2 else ""
         except SdloraError as problem:
-            return "", markup.error(str(problem))
+            return "", "", markup.error(str(problem))
 
     def open_run(name: str) -> tuple[Any, ...]:
         return (name, gr.update(selected="train")) if name else (gr.skip(), gr.skip())
@@ -63,6 +75,19 @@ def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab) -> No
             return markup.error(str(problem))
         return markup.note(f"{name} goes on.")
 
+    def queued(name: str, how: Callable[[Run], None]) -> tuple[str, str]:
+        try:
+            how(places.run(name or ""))
+        except SdloraError as problem:
+            return gr.skip(), markup.error(str(problem))
+        return queue_of(places), ""
+
+    def copied(name: str) -> tuple[Any, str]:
+        try:
+            return configs.dump(places.run(name or "").config), ""
+        except SdloraError as problem:
+            return gr.skip(), markup.error(str(problem))
+
     def ask(name: str) -> tuple[Any, str, str]:
         try:
             run = idle(places, name)
@@ -72,17 +97,28 @@ def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab) -> No
 
     def delete_run(name: str) -> tuple[Any, str]:
         try:
-            shutil.rmtree(idle(places, name).folder)
+            run = idle(places, name)
+            queue.remove(places.runs, name)
+            shutil.rmtree(run.folder)
         except SdloraError as problem:
             return gr.update(visible=False), markup.error(str(problem))
         return gr.update(visible=False), markup.note(f"{name} is deleted.")
 
-    listing = [table, chosen, several]
+    listing = [table, waits, chosen, several]
     tab.select(refresh, [chosen, several], listing, **QUIET)
-    gr.Timer(5.0).tick(lambda: table_of(listed(places)), None, table, **QUIET)
-    several.change(compare, several, [losses, differences], **QUIET)
+    gr.Timer(5.0).tick(lambda: (table_of(listed(places)), queue_of(places)), None, [table, waits], **QUIET)
+    several.change(compare, several, [losses, previews, differences], **QUIET)
     open_.click(open_run, chosen, [current, tabs], **QUIET)
     resume.click(resume_run, chosen, message, **QUIET).then(refresh, [chosen, several], listing, **QUIET)
+    again.click(copied, chosen, [screen.toml, message], **QUIET).then(screen.use, screen.use_inputs, screen.use_outputs, **QUIET).then(
+        lambda: gr.update(selected="train"), None, tabs, **QUIET
+    )
+    for button, how in (
+        (add, launch.queue_up),
+        (up, lambda run: queue.move_up(places.runs, run.folder.name)),
+        (out, lambda run: queue.remove(places.runs, run.folder.name)),
+    ):
+        button.click(partial(queued, how=how), chosen, [waits, message], **QUIET)
     delete.click(ask, chosen, [confirming, question, message], **QUIET)
     no.click(lambda: gr.update(visible=False), None, confirming, **QUIET)
     yes.click(delete_run, chosen, [confirming, message], **QUIET).then(refresh, [chosen, several], listing, **QUIET)
@@ -90,7 +126,7 @@ def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab) -> No
 
 def listed(places: Places) -> list[Run]:
     """The one that last told something first."""
-    return sorted((Run(folder) for folder in live.folders(places.runs)), key=live.changed, reverse=True)
+    return sorted((Run(folder) for folder in folders(places.runs)), key=live.changed, reverse=True)
 
 
 def idle(places: Places, name: str) -> Run:
@@ -128,6 +164,26 @@ def row(run: Run) -> str:
         f"{duration(max(0.0, time.time() - live.changed(run)))} ago",
     )
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def queue_of(places: Places) -> str:
+    """What waits, the next first."""
+    waiting = queue.read(places.runs)
+    if not waiting:
+        return '<p class="sd-note">Nothing waits in the queue.</p>'
+    listed = "".join(f"<li>{text(entry.run)}{' <i>in training</i>' if entry.begun else ''}</li>" for entry in waiting)
+    return f'<ol class="sd-queue" aria-label="Queue">{listed}</ol>'
+
+
+def previews_of(found: list[Run]) -> str:
+    """The newest picture of each prompt, runs that have drawn it side by side."""
+    by_prompt: dict[str, list[str]] = {}
+    for run in found:
+        for step, path, prompt in live.newest_previews(run):
+            by_prompt.setdefault(prompt, []).append(live.picture(path, step, prompt, run.folder.name))
+    rows = "".join(f"<section><h4>{text(prompt)}</h4><div>{''.join(figures)}</div></section>" for prompt, figures in by_prompt.items())
+    is_small = all(live.drawn(run)[1] for run in found)
+    return f'<div class="sd-gallery{" small" if is_small else ""}">{rows}</div>' if rows else ""
 
 
 def losses_of(found: list[Run]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sdlora.errors import ConfigError
 
-from . import guard
+from . import guard, launch
 from .paths import Places
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def serve(places: Places, *, host: str, port: int, auth: str | None, browser: bo
         import uvicorn
 
         app = application(places, host, auth)
+        launch.keep_working(places.runs)
         print(f"sdlora ui: {address}   (Ctrl-C ends the page; runs go on)", flush=True)
         if browser:
             threading.Timer(1.0, webbrowser.open, [address]).start()

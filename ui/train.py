@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from sdlora import run as runs
 from sdlora.config import Config
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.files import write_durably
+from sdlora.run import Run
 
 from . import form, launch, live, markup
 from .files import PICTURES
-from .paths import FISH, Places, shown
+from .paths import BUILT_IN, FISH, Places, shown
 
 FIRST_PRESET = "mini"
 DROPPED = PICTURES | {".txt", ".caption"}
@@ -27,6 +30,9 @@ SCRIPT = (Path(__file__).parent / "form.js").read_text(encoding="utf-8")
 # A reload, or a link that is sent on, shows the same run.
 REMEMBER = "(name) => { const at = new URL(location); at.searchParams.set('run', name); history.replaceState(null, '', at); }"
 PARTS = ("status", "result", "plots", "gallery", "log")
+BUTTONS = ("stop", "resume", "sample", "save")
+KEPT = ("preset", "over", "base", "folder", "trigger", "name", "told", "toml", "path")  # by the browser, over a reload
+OVER_INFO = "Laid over the preset; All options shows what each sets."
 
 Told = dict[str, Any]  # the value of the form: {"preset": Texts, "told": Texts}
 
@@ -51,12 +57,27 @@ class Fields:
         return self.base, self.folder, self.trigger, self.name
 
 
-def build(places: Places, current: gr.Textbox) -> None:
-    start_texts = preset_texts(FIRST_PRESET, places)
+@dataclass(frozen=True)
+class Screen:
+    """What other pages need of the first. A config's text is put into it by setting `toml` and calling `use`."""
+
+    toml: gr.Textbox
+    use: Callable[..., Any]
+    use_inputs: list[Any]
+    use_outputs: list[Any]
+    config_of: Callable[..., Config]  # of another folder of pictures, and `inputs`
+    inputs: list[Any]
+
+
+def build(places: Places, current: gr.Textbox) -> Screen:
+    start_texts = preset_texts(FIRST_PRESET, [], places)
     own = Fields.of(start_texts)
     with gr.Row(elem_classes="sd-train"):
         with gr.Column(scale=2, min_width=320, elem_classes="sd-card"):
             preset = gr.Dropdown([*form.presets()], value=FIRST_PRESET, label="Preset", info=form.presets()[FIRST_PRESET], elem_id="preset")
+            over = gr.CheckboxGroup(
+                [(name.replace("_", " "), name) for name in form.additions()], label="For", info=OVER_INFO, elem_id="over"
+            )
             base = gr.Textbox(own.base, label="Base model", info="mini, the one built in, or a checkpoint or folder", elem_id="base")
             folder = gr.Textbox(own.folder, label="Folder of pictures", elem_id="folder")
             dropped = gr.File(
@@ -70,7 +91,9 @@ def build(places: Places, current: gr.Textbox) -> None:
                 trigger = gr.Textbox(own.trigger, label="Trigger word", placeholder="ohwx", min_width=120, elem_id="trigger")
                 name = gr.Textbox(own.name, label="Name", min_width=120, elem_id="name")
             error = gr.HTML(elem_id="error")
-            start = gr.Button("Start", variant="primary", elem_id="start")
+            with gr.Row(elem_classes="sd-start"):
+                start = gr.Button("Start", variant="primary", elem_id="start", scale=2)
+                wait = gr.Button("Add to queue", elem_id="enqueue", scale=1)
             with gr.Accordion("All options", open=False, elem_id="options"):
                 told = gr.HTML(
                     {"preset": start_texts, "told": {}},
@@ -80,11 +103,11 @@ def build(places: Places, current: gr.Textbox) -> None:
                     elem_id="form",
                 )
             with gr.Accordion("Config file", open=False, elem_id="config"):
-                toml = gr.Textbox(label="The config as TOML", lines=14, max_lines=30, elem_classes="sd-code", elem_id="toml")
+                toml = gr.Textbox("", label="The config as TOML", lines=14, max_lines=30, elem_classes="sd-code", elem_id="toml")
                 with gr.Row():
                     show = gr.Button("Show", size="sm", elem_id="toml-show")
                     apply = gr.Button("Use this text", size="sm", elem_id="toml-use")
-                path = gr.Textbox(label="File", placeholder="configs/mine.toml", elem_id="toml-path")
+                path = gr.Textbox("", label="File", placeholder="configs/mine.toml", elem_id="toml-path")
                 with gr.Row():
                     load = gr.Button("Load", size="sm", elem_id="toml-load")
                     save = gr.Button("Save", size="sm", elem_id="toml-save")
@@ -94,6 +117,8 @@ def build(places: Places, current: gr.Textbox) -> None:
             with gr.Row(elem_classes="sd-actions"):
                 stop = gr.Button("Stop and save", size="sm", interactive=False, elem_id="stop")
                 resume = gr.Button("Resume", size="sm", interactive=False, elem_id="resume")
+                sample = gr.Button("Sample now", size="sm", interactive=False, elem_id="sample")
+                save_now = gr.Button("Save now", size="sm", interactive=False, elem_id="save")
             run_error = gr.HTML(elem_id="run-error")
             result = gr.HTML(elem_id="result", apply_default_css=False)
             plots = gr.HTML(elem_id="plots", apply_default_css=False)
@@ -104,33 +129,45 @@ def build(places: Places, current: gr.Textbox) -> None:
     sent = gr.State({})
     draft = gr.BrowserState({}, storage_key="sdlora-draft", secret="sdlora")  # kept by the browser, and read by nobody else
     fields = [base, folder, trigger, name]
-    everything = [preset, *fields, told]
-    live_parts = [status, result, plots, gallery, log, stop, resume, sent]
+    everything = [preset, over, *fields, told]
+    texts_of_file = [toml, path]
+    live_parts = [status, result, plots, gallery, log, stop, resume, sample, save_now, sent]
 
-    def chosen(preset: str, *values: Any) -> Config:
+    def chosen(preset: str, over: list[str], *values: Any) -> Config:
         *own, told = values
         texts = told["told"] | Fields(*own).texts()
         if texts.get("data.sets"):
             texts.pop("data.folder")
         else:
             places.folder(texts["data.folder"], "data.folder")
-        config = form.config_of(form.preset(preset), texts, places.runs)
+        config = form.config_of(form.layers(preset, over), texts, places.runs)
         places.check(config)
         return config
 
-    def start_run(dropped: list[str] | None, preset: str, *values: Any) -> tuple[Any, ...]:
+    def of_folder(pictures: str, preset: str, over: list[str], base: str, folder: str, *values: Any) -> Config:
+        *own, told = values
+        told = told | {"told": told["told"] | {"data.sets": ""}}
+        return chosen(preset, over, base.strip() or BUILT_IN, pictures, *own, told)
+
+    def begin(how: Callable[[Run], None], dropped: list[str] | None, *values: Any) -> tuple[Any, ...]:
+        """Make the run, and have it trained now or in its turn."""
+        preset, over, base, folder, *others = values
         try:
             if dropped:
-                values = (values[0], str(keep(dropped, places)), *values[2:])
-            run = runs.create(chosen(preset, *values))
-            launch.train(run)
+                folder = str(keep(dropped, places))
+            run = runs.create(chosen(preset, over, base, folder, *others))
+            how(run)
         except SdloraError as problem:
             return gr.skip(), gr.skip(), gr.skip(), markup.error(str(problem))
-        return run.folder.name, values[1], None, ""
+        return run.folder.name, folder, None, ""
 
-    def pick(preset: str) -> tuple[Any, ...]:
-        texts = preset_texts(preset, places)
-        return gr.update(info=form.presets()[preset]), *Fields.of(texts).all(), {"preset": texts, "told": {}}
+    def pick(preset: str, over: list[str], *values: Any) -> tuple[Any, ...]:
+        """What was typed stays, and what still says what the preset before said follows the new one."""
+        *own, told = values
+        texts = preset_texts(preset, over, places)
+        typed = form.changes(Fields(*own).texts(), told["preset"])
+        told = {"preset": texts, "told": form.changes(told["told"], texts)}
+        return gr.update(info=form.presets()[preset]), over, *Fields.of(texts | typed).all(), told
 
     def show_toml(*values: Any) -> tuple[Any, str]:
         try:
@@ -138,12 +175,12 @@ def build(places: Places, current: gr.Textbox) -> None:
         except SdloraError as problem:
             return gr.skip(), markup.error(str(problem))
 
-    def use_toml(toml: str, preset: str) -> tuple[Any, ...]:
+    def use_toml(toml: str, preset: str, over: list[str]) -> tuple[Any, ...]:
         try:
-            texts = form.texts(form.config_of(toml, {}, places.runs))
+            texts = form.texts(form.config_of({"The text": toml}, {}, places.runs))
         except SdloraError as problem:
             return *[gr.skip()] * 5, markup.error(str(problem))
-        before = preset_texts(preset, places)
+        before = preset_texts(preset, over, places)
         return *Fields.of(texts).all(), {"preset": before, "told": form.changes(texts, before)}, markup.note("In use.")
 
     def load_toml(path: str) -> tuple[Any, str]:
@@ -162,7 +199,7 @@ def build(places: Places, current: gr.Textbox) -> None:
             target = places.resolve(path, "File")
             if target.suffix != ".toml":
                 raise ConfigError(f"File: {path} does not end in .toml.")
-            form.config_of(toml, {}, places.runs)
+            form.config_of({"The text": toml}, {}, places.runs)
             write_durably(target, toml.encode())
         except OSError as problem:
             return markup.error(f"File: cannot write {path}: {problem.strerror}.")
@@ -173,15 +210,15 @@ def build(places: Places, current: gr.Textbox) -> None:
     def tick(name: str, sent: dict[str, str]) -> tuple[Any, ...]:
         """Only what changed since this page was last told."""
         if not name:
-            return (*[gr.skip()] * 7, sent)
+            return (*[gr.skip()] * (len(PARTS) + len(BUTTONS)), sent)
         try:
             run = places.run(name)
         except SdloraError:  # deleted, by another page or by hand
-            return live.NO_RUN, "", "", "", "", gr.update(interactive=False), gr.update(interactive=False), {}
+            return live.NO_RUN, "", "", "", "", *[gr.update(interactive=False)] * len(BUTTONS), {}
         parts = live.parts(run)
-        parts |= {"stop": str(parts["word"] == "running"), "resume": str(parts["word"] in ("stopped", "failed"))}
+        parts |= usable(run, parts["word"])
         new = [parts[key] if sent.get(key) != parts[key] else gr.skip() for key in PARTS]
-        buttons = [gr.update(interactive=parts[key] == "True") if sent.get(key) != parts[key] else gr.skip() for key in ("stop", "resume")]
+        buttons = [gr.update(interactive=parts[key] == "True") if sent.get(key) != parts[key] else gr.skip() for key in BUTTONS]
         return *new, *buttons, parts
 
     def stop_run(name: str) -> str:
@@ -189,6 +226,17 @@ def build(places: Places, current: gr.Textbox) -> None:
             run = places.run(name)
             if run.trained_by() is not None:
                 run.ask_to_stop()
+        except SdloraError as problem:
+            return markup.error(str(problem))
+        return ""
+
+    def ask_run(name: str, what: runs.Request) -> str:
+        try:
+            run = places.run(name)
+            if what == "sample" and not run.config.preview.prompts:
+                raise ConfigError("preview.prompts is empty: this run has nothing to draw.")
+            if run.trained_by() is not None:
+                run.ask_for(what)
         except SdloraError as problem:
             return markup.error(str(problem))
         return ""
@@ -201,15 +249,16 @@ def build(places: Places, current: gr.Textbox) -> None:
         return ""
 
     def remember(*values: Any) -> Told:
-        return dict(zip(("preset", "base", "folder", "trigger", "name", "told"), (*values[:-1], values[-1]["told"]), strict=True))
+        *others, told, toml, path = values
+        return dict(zip(KEPT, (*others, told["told"], toml, path), strict=True))
 
     def recall(draft: Told) -> tuple[Any, ...]:
         try:
-            before = preset_texts(draft["preset"], places)
-        except (KeyError, SdloraError):  # a first visit, or a preset that is gone
-            return (gr.skip(),) * 6
-        chosen = gr.update(value=draft["preset"], info=form.presets()[draft["preset"]])
-        return chosen, *(draft[key] for key in ("base", "folder", "trigger", "name")), {"preset": before, "told": draft["told"]}
+            preset, over, *own, told, toml, path = (draft[key] for key in KEPT)
+            before = preset_texts(preset, over, places)
+        except (KeyError, SdloraError):  # a first visit, another version's draft, or a preset that is gone
+            return (gr.skip(),) * len(KEPT)
+        return gr.update(value=preset, info=form.presets()[preset]), over, *own, {"preset": before, "told": told}, toml, path
 
     def opened(request: gr.Request) -> str:
         return request.query_params.get("run") or live.newest(places.runs)
@@ -218,23 +267,40 @@ def build(places: Places, current: gr.Textbox) -> None:
     timer.tick(tick, [current, sent], live_parts, concurrency_limit=None, **QUIET)
     current.change(None, current, None, js=REMEMBER)
     current.change(tick, [current, sent], live_parts, **QUIET)
-    start.click(start_run, [dropped, *everything], [current, folder, dropped, error], api_visibility="private")
+    begun = [current, folder, dropped, error]
+    start.click(partial(begin, launch.train), [dropped, *everything], begun, api_visibility="private")
+    wait.click(partial(begin, launch.queue_up), [dropped, *everything], begun, api_visibility="private")
     stop.click(stop_run, current, run_error, **QUIET)
     resume.click(resume_run, current, run_error, **QUIET)
-    preset.input(pick, preset, everything, **QUIET)
+    sample.click(lambda name: ask_run(name, "sample"), current, run_error, **QUIET)
+    save_now.click(lambda name: ask_run(name, "save"), current, run_error, **QUIET)
+    gr.on([preset.input, over.input], pick, everything, everything, **QUIET)
     show.click(show_toml, everything, [toml, config_note], **QUIET)
-    apply.click(use_toml, [toml, preset], [*fields, told, config_note], **QUIET)
+    screen = Screen(toml, use_toml, [toml, preset, over], [*fields, told, config_note], of_folder, everything)
+    apply.click(screen.use, screen.use_inputs, screen.use_outputs, **QUIET)
     load.click(load_toml, path, [toml, config_note], **QUIET)
     save.click(save_toml, [path, toml], config_note, **QUIET)
-    gr.on([field.change for field in everything], remember, everything, draft, trigger_mode="always_last", **QUIET)
+    kept = [*everything, *texts_of_file]
+    gr.on([field.change for field in kept], remember, kept, draft, trigger_mode="always_last", **QUIET)
     here = gr.context.Context.root_block
-    here.load(recall, draft, everything, **QUIET)
+    here.load(recall, draft, kept, **QUIET)
     here.load(opened, None, current, **QUIET)
+    return screen
 
 
-def preset_texts(name: str, places: Places) -> form.Texts:
+def usable(run: Run, word: str) -> dict[str, str]:
+    """Whether each button is of use, for a run that stands so."""
+    return {
+        "stop": str(word == "running"),
+        "resume": str(word in ("waiting", "stopped", "failed")),
+        "sample": str(word == "running" and not run.asked_for("sample")),
+        "save": str(word == "running" and not run.asked_for("save")),
+    }
+
+
+def preset_texts(name: str, over: Sequence[str], places: Places) -> form.Texts:
     """The demo's pictures are where the program is, not where the user stands; other presets leave base and pictures to the user."""
-    texts = form.texts(form.config_of(form.preset(name), {}, places.runs))
+    texts = form.texts(form.config_of(form.layers(name, over), {}, places.runs))
     if name == FIRST_PRESET:
         return texts | {"data.folder": shown(FISH)}
     return texts | {"model.base": "", "data.folder": ""}

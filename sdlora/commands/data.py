@@ -17,7 +17,8 @@ def add(commands: Commands) -> None:
     command = parts.add_parser(
         "check",
         help="show what training would see of a folder; exit code 1 if it would refuse",
-        description="--sheet FILE.png also draws every picture in its bucket. " + OPTION_HELP,
+        description="--sheet FILE.png also draws every picture in its bucket; --places FILE.json says how each is cut, as the plan.json of "
+        "a run does. " + OPTION_HELP,
         allow_abbrev=False,
     )
     command.add_argument("source", type=Path, help="folder of pictures, or TOML file")
@@ -26,8 +27,8 @@ def add(commands: Commands) -> None:
 
 def data_check_command(parsed: argparse.Namespace) -> int:
     """Where training would refuse, its reason comes behind all else that can be said of the folder."""
-    sheets = [Path(value) for name, value in parsed.flags if name == "sheet"]
-    flags = [(name, value) for name, value in parsed.flags if name != "sheet"]
+    sheets, plans = ([Path(value) for name, value in parsed.flags if name == wanted] for wanted in ("sheet", "places"))
+    flags = [(name, value) for name, value in parsed.flags if name not in ("sheet", "places")]
     if parsed.source.suffix == ".toml":
         chosen = config.load([parsed.source], flags)
     else:
@@ -35,7 +36,7 @@ def data_check_command(parsed: argparse.Namespace) -> int:
     quiet_libraries()
     from sdlora.data import check
     from sdlora.data.images import colour
-    from sdlora.items import find_items
+    from sdlora.items import find_items, write_pictures
     from sdlora.models.tokenizer import tokenizer_of
 
     refusals: list[str] = []
@@ -53,6 +54,9 @@ def data_check_command(parsed: argparse.Namespace) -> int:
     )
     for line in check.lines(report):
         say(line)
+    for path in plans:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_pictures(path, items)
     for path in sheets:
         from sdlora.data.sheet import draw_sheet
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--layers", action="store_true", help="also show each layer")
     command.add_argument("--metadata", action="store_true", help="also show all metadata")
     effects.add_to_inspect(command)
+    command.add_argument("--json", action="store_true", help="all of it, for programs")
     command.set_defaults(call=inspect_command)
 
     command = commands.add_parser("alphas", help="show which layers a LoRA chose to change, by their learned alphas")
@@ -42,9 +45,14 @@ def add(commands: Commands) -> None:
 
 def inspect_command(parsed: argparse.Namespace) -> int:
     effects.check(parsed)
+    from sdlora.lora.formats import learned_alphas
     from sdlora.lora.report import inspect
 
     report = inspect(parsed.file)
+    if parsed.json:
+        learned = learned_alphas(report.path, report.metadata, [layer.name for layer in report.layers])
+        say(json.dumps(asdict(report) | {"learned_alphas": learned}, default=str))
+        return 0
     say(f"{report.path}: {size(report.size)}, {report.precision}, {report.family or 'family not shown'}, {report.naming} names")
     for what, said in report.about.items():
         say(f"  {what}: {said}")

@@ -18,6 +18,9 @@ class Wanted:
     strength: float = 1.0
     own: dict[str, float] = field(default_factory=dict)  # by selector, later ones over earlier ones
 
+    def times(self, factor: float) -> Wanted:
+        return Wanted(self.path, factor * self.strength, {selector: factor * of for selector, of in self.own.items()})
+
     def strengths(self, names: Collection[str]) -> dict[str, float]:
         """Of each of these layers, by readable name. Raises ConfigError for a selector that names none."""
         from sdlora.lora.targets import by_layer

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from sdlora import config, events
+from sdlora import config, events, queue
 from sdlora import run as runs
 from sdlora.commands import OPTION_HELP, Commands
 from sdlora.commands.terminal import program, quiet_libraries, say, shown
@@ -30,6 +30,11 @@ def add(commands: Commands) -> None:
     command = commands.add_parser("resume", help="go on with a run that was stopped or killed")
     command.add_argument("run", type=Path, help="run folder")
     command.set_defaults(call=resume_command)
+
+    runs_folder = config.OutputOptions().runs
+    command = commands.add_parser("queue", help="train what the page has queued, one run after another, until nothing waits")
+    command.add_argument("runs", nargs="?", type=Path, default=runs_folder, help=f"folder of runs (default: {runs_folder})")
+    command.set_defaults(call=queue_command)
 
     command = commands.add_parser(
         "plan", help="show what a config would train, layer by layer", description="Train nothing. " + OPTION_HELP, allow_abbrev=False
@@ -69,7 +74,7 @@ def with_others(find: Callable[[], runs.Run]) -> int:
 def follow_training(run: runs.Run, processes: Processes | None = None) -> int:
     with run.locked():
         run.claim(os.getpid())
-        run.stop_file.unlink(missing_ok=True)  # of the last time
+        run.forget_requests()  # of the last time
         logging.basicConfig(filename=run.log, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
         logging.captureWarnings(True)
         say(f"Run folder: {shown(run.folder)}")
@@ -80,6 +85,13 @@ def follow_training(run: runs.Run, processes: Processes | None = None) -> int:
 
             for line in render(events.record(train(run, processes or ALONE), run.events), run):
                 say(line)
+    return 0
+
+
+def queue_command(parsed: argparse.Namespace) -> int:
+    """Ctrl-C ends this; the run in training goes on, and the next such process waits for its end."""
+    for line in queue.work(parsed.runs):
+        say(line)
     return 0
 
 

@@ -351,14 +351,20 @@ def read_scales(path: Path) -> dict[str, float]:
     return scales | _learned(path, metadata, LEARNED_SCALES, changes)
 
 
-def _learned(path: Path, metadata: Mapping[str, str], key: str, changes: Mapping[str, Change]) -> dict[str, float]:
+def learned_alphas(path: Path, metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, float]:
+    """Of these layers, what the run behind a file says that it learned; none of other trainers' files. Raises WeightsError where that is
+    damaged."""
+    return _learned(path, metadata, LEARNED_ALPHAS, names)
+
+
+def _learned(path: Path, metadata: Mapping[str, str], key: str, names: Iterable[str]) -> dict[str, float]:
     try:
         values = {readable(stem): float(value) for stem, value in json.loads(metadata.get(key, "{}")).items()}
         if not all(map(math.isfinite, values.values())):
             raise ValueError
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise WeightsError(f"{path}: its metadata {key} is damaged.") from None
-    return {name: values[name] for name in changes if name in values}
+    return {name: values[name] for name in names if name in values}
 
 
 # ---------------------------------------------------------------- into a model
@@ -389,3 +395,22 @@ def merge(parts: Mapping[str, nn.Module], changes: Mapping[str, Change], strengt
         weight += (strength * change.delta(weight)).to(weight)
         if change.bias is not None and isinstance(bias, Tensor):
             bias += (strength * change.bias).to(bias)
+
+
+class Merged:
+    """A model that files are merged into. A `restorable` one keeps what its layers were, to be itself again to the bit, which taking the
+    changes away would not give."""
+
+    def __init__(self, parts: Mapping[str, nn.Module], *, restorable: bool) -> None:
+        self.parts = parts
+        self.modules = modules_by_name(parts) if restorable else {}
+        self.before: dict[str, dict[str, Tensor]] = {}
+
+    def merge(self, changes: Mapping[str, Change], strength: float) -> None:
+        for name in changes.keys() & self.modules.keys() - self.before.keys():
+            self.before[name] = {key: value.clone() for key, value in self.modules[name].state_dict().items()}
+        merge(self.parts, changes, strength)
+
+    def restore(self) -> None:
+        for name, state in self.before.items():
+            self.modules[name].load_state_dict(state)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -36,6 +37,15 @@ def set_aside(model: Model, *names: str) -> None:
     """Move parts ("vae", "text_encoder" ...) out of the device's memory, until on_device() fetches them."""
     for name in names:
         _part(model, name).to("cpu")
+
+
+def memory_used(device: torch.device) -> int:
+    """Bytes: of a GPU the most that tensors took at once so far, of a CPU what the process has of it now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return int(psutil.Process().memory_info().rss)
 
 
 @contextmanager

@@ -86,6 +86,17 @@ def test_inspect_tells_what_is_in_a_file(path: Path, capsys: pytest.CaptureFixtu
     assert main(["inspect", str(path.with_name("nowhere.safetensors"))]) == 2
 
 
+def test_inspect_tells_programs_all_of_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    learned = path.with_name("learned.safetensors")
+    metadata = {"ss_seed": "7", "sdlora_learned_alphas": json.dumps({NAMES[0]: 3.5, "elsewhere": 1.0})}
+    formats.save(learned, formats.load(path)[0], 1.0, metadata)
+    assert main(["inspect", str(learned), "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    told = json.loads(line)
+    assert told["metadata"]["ss_seed"] == "7" and [layer["name"] for layer in told["layers"]] == sorted(NAMES)
+    assert told["learned_alphas"] == {NAMES[0]: 3.5} and told["layers"][0]["norm"] > 0
+
+
 def test_convert(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = path.with_name("b.safetensors")
     command = ["convert", str(path), "--to", "diffusers", "--precision", "bf16", "--family", "sd1", "--out", str(out)]

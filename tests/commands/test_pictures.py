@@ -60,3 +60,34 @@ def test_generate(place: Path, tmp_path: Path, lora: Path, capsys: pytest.Captur
     assert told.startswith("Clip skip 1, prompts of 150 tokens\n") and draw(prompt=words)[0] != long
     assert main(["generate", "--base", str(place / "tiny")]) == 2
     assert main(["generate", "a", "--base", str(place / "tiny"), "--lora", "nowhere.safetensors"]) == 2
+
+
+def test_a_grid_of_strengths_files_and_prompts(place: Path, tmp_path: Path, lora: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each cell is the picture that its LoRAs give alone, whatever was drawn before it."""
+    other = tmp_path / "other.safetensors"
+    layer = "text_encoder.text_model.encoder.layers.1.mlp.fc1"
+    formats.save(other, {layer: Change(Factors(torch.linspace(-1, 1, 16)[None], torch.ones(32, 1), 1.0))}, 1.0, {})
+
+    def draw(out: str, *arguments: object) -> list[bytes]:
+        words = ["generate", "--base", place / "tiny", "--clip-skip", 1, "--out", tmp_path / out, *arguments]
+        assert main(list(map(str, words))) == 0
+        found = []
+        for path in sorted((tmp_path / out).glob("?????.png")):
+            with Image.open(path) as picture:
+                found.append(picture.tobytes())
+        return found
+
+    a, b = f"{lora}:0.5", f"{other}:2"
+    grid = draw("grid", "a cat --s 2", "--lora", a, "--lora", b, "--each", "--strengths", 0, 2)
+    (base,), (first,), (second,) = (
+        draw(str(n), "a cat --s 2", *w) for n, w in enumerate([(), ("--lora", f"{lora}:1"), ("--lora", f"{other}:4")])
+    )
+    assert grid == [base, first, base, second] and len({base, first, second}) == 3
+    with Image.open(tmp_path / "grid" / "00003-grid.png") as picture:
+        assert picture.width > 2 * 192 and picture.height > 2 * 192
+    sweep = draw("sweep", "a cat --s 2", "a dog --s 2", "--lora", a, "--strengths", 1, 0)
+    assert len(sweep) == 4 and sweep[2] == base and (tmp_path / "sweep" / "00003-grid.png").is_file()
+    assert draw("sweep", "a cat --s 2")[-1] == base, "numbers go on behind those of a grid"
+    capsys.readouterr()
+    assert main(["generate", "a", "b", "--lora", a, "--lora", b, "--each", "--strengths", "0", "1"]) == 2
+    assert "two sides" in capsys.readouterr().err

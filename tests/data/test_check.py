@@ -132,7 +132,12 @@ def folder_of(tmp_path: Path) -> Path:
 
 def test_the_command_prints_a_page_and_draws_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, sheet = folder_of(tmp_path), tmp_path / "out" / "sheet.png"
-    assert main(["data", "check", str(folder), "--resolution", "32", "--bucket_step", "8", "--sheet", str(sheet)]) == 0
+    assert (
+        main(["data", "check", str(folder), "--resolution", "32", "--bucket_step", "8", "--sheet", str(sheet), "--places", f"{sheet}.json"])
+        == 0
+    )
+    rows = json.loads(Path(f"{sheet}.json").read_text())
+    assert rows and all(row["bucket"] == [row["crop"][2] - row["crop"][0], row["crop"][3] - row["crop"][1]] for row in rows)
     told = capsys.readouterr().out
     assert "3, 96 to 96 px wide" in told and "40x24 (3)" in told and "Training would start." in told
     with Image.open(sheet) as picture:

@@ -1,4 +1,8 @@
-"""The page as a user has it: a real browser, the embedded model, and processes of their own."""
+"""The page as a user has it: a real browser, the embedded model, and processes of their own.
+
+Nothing here waits without an end: each wait of the browser has its own, and `within` takes browser, server and runs away from a test that
+takes longer than all of them should, so that the test fails and the suite goes on.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,31 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
+from sdlora import config, events
+from sdlora import run as runs
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if not os.environ.get("SDLORA_BROWSER"):
-    pytest.skip("set SDLORA_BROWSER=1 to test the page in a browser, which takes minutes", allow_module_level=True)
 if CHROMIUM is None:
     pytest.skip("there is no chromium: install it to test the page in a browser", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
 expect = sync_api.expect
+expect.set_options(timeout=15_000)
 
-FISH = Path(__file__).parents[2] / "datasets" / "fish"
-LONG = 180_000  # ms: a training process imports its libraries, on a machine that may be busy
+ROOT = Path(__file__).parents[2]
+FISH = ROOT / "datasets" / "fish"
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+STARTING = 60  # s, of the server and of the browser
+LONG = 90_000  # ms: a training process imports its libraries, on a machine that may be busy
+LONGEST = 240  # s, of a test
 # A run of seconds.
 SHORT = {
     "preview.prompts": "a red heart on a pink background",
@@ -31,6 +45,38 @@ SHORT = {
     "lora.rank": "2",
 }
 PAGES = ("Train", "Runs", "Generate", "Dataset")
+
+
+@contextmanager
+def within(seconds: float, others: set[psutil.Process]) -> Iterator[None]:
+    """All that this process started, but the `others`, is killed after so many seconds: whatever waits for it fails then."""
+
+    def end() -> None:
+        for child in set(psutil.Process().children()) - others:
+            kill(child)
+
+    watch = threading.Timer(seconds, end)
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
+
+
+def kill(process: psutil.Process) -> None:
+    """And all that it started, runs among them."""
+    with suppress(psutil.NoSuchProcess):
+        family = [process, *process.children(recursive=True)]
+        for one in family:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(family, timeout=10)
+
+
+@pytest.fixture(scope="module")
+def others() -> set[psutil.Process]:
+    """Children that other tests left."""
+    return set(psutil.Process().children())
 
 
 @pytest.fixture(scope="module")
@@ -44,33 +90,44 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(place: Path) -> Iterator[str]:
     """Its address."""
     command = [sys.executable, "-m", "sdlora", "ui", "--port", "0", "--no-browser"]
-    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True) as process:
-        told = process.stdout.readline()  # type: ignore[union-attr]
-        yield re.search(r"http://\S+", told)[0]  # type: ignore[index]
-        process.terminate()
+    log = place / "server.log"  # a file: a pipe that says nothing would be waited for
+    with log.open("wb") as told:
+        process = psutil.Popen(command, cwd=place, stdin=subprocess.DEVNULL, stdout=told, stderr=subprocess.STDOUT)
+    try:
+        until = time.monotonic() + STARTING
+        while not (address := re.search(r"http://\S+", log.read_text())):
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        yield address[0]
+    finally:
+        kill(process)
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
+def browser(others: set[psutil.Process]) -> Iterator[sync_api.Browser]:
+    with within(STARTING, others):
+        playwright = sync_api.sync_playwright().start()
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, timeout=1000 * STARTING)
+    yield browser
+    with within(STARTING, others), suppress(sync_api.Error):  # it may have been taken away
         browser.close()
+    playwright.stop()
 
 
 @pytest.fixture
-def page(browser: sync_api.Browser, server: str) -> Iterator[sync_api.Page]:
+def page(browser: sync_api.Browser, server: str, others: set[psutil.Process]) -> Iterator[sync_api.Page]:
     """A new visitor's; whatever it asks for must come from the page's own server, and nothing may go wrong unseen."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    asked: list[str] = []
-    wrong: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    opened(page, server)
-    yield page
-    context.close()
+    with within(LONGEST, others):
+        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        page = context.new_page()
+        asked: list[str] = []
+        wrong: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        opened(page, server)
+        yield page
+        context.close()
     assert not [url for url in asked if not url.startswith((server, "data:", "blob:"))]
     assert not wrong
 
@@ -106,62 +163,69 @@ def step_of(page: sync_api.Page) -> int:
     return int(found[1].replace(",", "")) if found else 0
 
 
-def test_a_run_is_started_watched_and_taken_home(page: sync_api.Page, place: Path) -> None:
-    start(page, "first", {"train.steps": "6", "preview.every": "3"})
-    badge(page, "Finished")
-    assert step_of(page) == 6
-    for plot in ("Loss", "Learning rate", "Embedding-norm drift", "Learned alphas"):
-        expect(page.locator(".sd-plot", has_text=plot).locator("polyline").first).to_be_attached()
-    expect(page.locator("#gallery figcaption")).to_have_text(["step 6", "step 3", "base model"])
-    page.wait_for_function("[...document.querySelectorAll('#gallery img')].every((one) => one.complete && one.naturalWidth === 64)")
-    with page.expect_download() as download:
-        page.locator(".sd-download").click()
-    assert Path(download.value.path()).read_bytes() == (place / "runs/first/first.safetensors").read_bytes()
-    expect(page.locator("#resume")).to_be_disabled()
-
-    page.get_by_role("tab", name="Generate").click()
-    page.locator("#prompt textarea").fill("a <b>red</b> heart")
-    page.locator("#lora-1 input").fill("runs/first/first.safetensors")
-    page.locator("#lora-1 input").press("Enter")
-    page.locator("#draw").click()
-    drawn = page.locator("#pictures figcaption", has_text="a <b>red</b> heart <lora:first:1>")
-    expect(drawn).to_contain_text("Steps: 20", timeout=LONG)
-
-
-def test_a_run_outlives_the_page_and_shows_on_others(page: sync_api.Page, server: str, browser: sync_api.Browser, place: Path) -> None:
-    start(page, "second", {"train.steps": "5000", "preview.every": "0"})
+def test_runs_are_started_watched_left_stopped_resumed_and_taken_home(page: sync_api.Page, server: str, place: Path) -> None:
+    """Two at once, as importing what they need takes most of the time."""
+    start(page, "short", {"train.steps": "6", "preview.every": "3"})
+    start(page, "long", {"train.steps": "5000", "preview.every": "0"})
     page.wait_for_function("/Step \\d/.test(document.querySelector('#status').innerText)", timeout=LONG)
     page.reload()
-    expect(page.locator("#status header b")).to_have_text("second", timeout=LONG)
-    expect(page.get_by_label("Name")).to_have_value("second")  # what was typed is there, too
-    other = browser.new_context().new_page()
-    opened(other, server)
-    expect(other.locator("#status header b")).to_have_text("second", timeout=LONG)
+    expect(page.locator("#status header b")).to_have_text("long", timeout=LONG)
+    expect(page.get_by_label("Name")).to_have_value("long")  # what was typed is there, too
+    other = opened(page.context.new_page(), server)
+    expect(other.locator("#status header b")).to_have_text("long", timeout=LONG)
     other.locator("#stop").click()
-    badge(other, "Stopped")
     badge(page, "Stopped")
     reached = step_of(page)
     assert 0 < reached < 5000
     page.locator("#resume").click()
-    badge(other, "Training")
+
+    opened(other, f"{server}?run=short")
+    badge(other, "Finished")
+    assert step_of(other) == 6
+    for plot in ("Loss", "Learning rate", "Embedding-norm drift", "Learned alphas"):
+        expect(other.locator(".sd-plot", has_text=plot).locator("polyline").first).to_be_attached()
+    expect(other.locator("#gallery figcaption")).to_have_text(["step 6", "step 3", "base model"])
+    other.wait_for_function("[...document.querySelectorAll('#gallery img')].every((one) => one.complete && one.naturalWidth === 64)")
+    with other.expect_download() as download:
+        other.locator(".sd-download").click()
+    assert Path(download.value.path()).read_bytes() == (place / "runs/short/short.safetensors").read_bytes()
+    expect(other.locator("#resume")).to_be_disabled()
+    other.get_by_role("tab", name="Generate").click()
+    other.locator("#prompt textarea").fill("a <b>red</b> heart")
+    other.locator("#lora-1 input").fill("runs/short/short.safetensors")
+    other.locator("#lora-1 input").press("Enter")
+    other.locator("#draw").click()
+
     page.wait_for_function(f"Number(/Step ([\\d,]+)/.exec(document.querySelector('#status').innerText)[1]) > {reached}", timeout=LONG)
     page.locator("#stop").click()
     badge(page, "Stopped")
-    other.context.close()
+    drawn = other.locator("#pictures figcaption", has_text="a <b>red</b> heart <lora:short:1>")
+    expect(drawn).to_contain_text("Steps: 20", timeout=LONG)
 
+
+def test_runs_are_compared_and_deleted(page: sync_api.Page, place: Path) -> None:
+    for name, steps in (("one", 6), ("two", 9)):
+        run = runs.create(
+            config.load(
+                [], [("data.folder", str(FISH)), ("output.runs", str(place / "runs")), ("output.name", name), ("steps", str(steps))]
+            )
+        )
+        told = [events.Stepped(step, steps, 1 / step, 1e-4, 0.0, 0.0, 0.1) for step in range(1, steps + 1)]
+        for _ in events.record([*told, events.Finished(steps, "x")], run.events):
+            pass
     page.get_by_role("tab", name="Runs").click()
-    expect(page.locator("#runs-table tbody tr").first).to_contain_text("second")
+    expect(page.locator("#runs-table tbody tr").first).to_contain_text("two")
     page.locator("#runs-several input").click()
-    for name in ("second", "first"):
+    for name in ("two", "one"):
         page.get_by_role("option", name=name, exact=True).click()
     expect(page.locator("#runs-losses polyline")).to_have_count(2)
     expect(page.locator("#runs-differences")).to_contain_text("train.steps")
     page.keyboard.press("Escape")
     page.locator("#runs-delete").click()
-    expect(page.locator("#runs-question")).to_contain_text("second")
+    expect(page.locator("#runs-question")).to_contain_text("two")
     page.locator("#runs-yes").click()
-    expect(page.locator("#runs-message")).to_contain_text("second is deleted")
-    assert not (place / "runs/second").exists() and (place / "runs/first").exists()
+    expect(page.locator("#runs-message")).to_contain_text("two is deleted")
+    assert not (place / "runs/two").exists() and (place / "runs/one").exists()
 
 
 def test_a_mistake_is_told_in_one_line_that_names_the_field(page: sync_api.Page, place: Path) -> None:
@@ -221,20 +285,19 @@ def test_captions_are_edited(page: sync_api.Page, place: Path) -> None:
     expect(field).to_have_value("<b>a fish</b> ${x}")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_fit_narrow_and_enlarged_windows(browser: sync_api.Browser, server: str, scheme: str, tmp_path: Path) -> None:
-    """And look well: the pictures are for people, in the folder that SDLORA_SCREENSHOTS names."""
-    folder = Path(os.environ.get("SDLORA_SCREENSHOTS", tmp_path))
+def test_pages_fit_narrow_and_enlarged_windows_and_look_well(page: sync_api.Page) -> None:
+    """Their pictures are for people, in the folder that SDLORA_SCREENSHOTS names."""
+    folder = Path(os.environ.get("SDLORA_SCREENSHOTS", ROOT / "screenshots"))
     folder.mkdir(parents=True, exist_ok=True)
-    for width, enlarged in ((1280, 1), (640, 2), (390, 1)):  # 200 % leaves half the width
-        context = browser.new_context(viewport={"width": width, "height": 900}, device_scale_factor=enlarged, color_scheme=scheme)
-        page = opened(context.new_page(), server)
-        for name in PAGES:
-            page.get_by_role("tab", name=name).click()
-            if name == "Dataset":
-                page.locator("#dataset-load").click()
-                expect(page.locator("#dataset-grid figure")).to_have_count(16)
-            page.wait_for_timeout(1500)
-            page.screenshot(path=folder / f"{name.lower()}-{scheme}-{width}.png", full_page=True)
+    for name in PAGES:
+        page.get_by_role("tab", name=name).click()
+        if name == "Dataset":
+            page.locator("#dataset-load").click()
+            expect(page.locator("#dataset-grid figure")).to_have_count(16)
+        for width in (1280, 640, 390):  # a desk's, the same enlarged to 200 %, and a phone's
+            page.set_viewport_size({"width": width, "height": 900})
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme)
+                expect(page.locator("body.dark")).to_have_count(int(scheme == "dark"))
+                page.screenshot(path=folder / f"{name.lower()}-{scheme}-{width}.png", full_page=True, animations="disabled")
             assert page.evaluate("document.documentElement.scrollWidth") <= width, name
-        context.close()

@@ -21,7 +21,10 @@ def places(tmp_path: Path) -> Places:
 def test_read_and_write_go_round(places: Places, tmp_path: Path) -> None:
     folder = str(tmp_path)
     assert captions.read(places, folder) == {"a.png": "a cat, sitting", "b.jpg": "a dog", "c.webp": ""}
-    assert captions.write(places, folder, {"a.png": "a cat, sitting", "b.jpg": "<b>${x}</b>", "c.webp": "new", "d.png": "none"}) == 2
+    told = {"a.png": "a cat, sitting", "b.jpg": "<b>${x}</b>", "c.webp": "new ", "d.png": "none"}
+    now = captions.read(places, folder)
+    assert captions.differing(told, now).keys() == {"b.jpg", "c.webp"}
+    assert captions.write(places, folder, told, now) == captions.read(places, folder)
     assert captions.read(places, folder) == {"a.png": "a cat, sitting", "b.jpg": "<b>${x}</b>", "c.webp": "new"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.txt", "b.caption", "b.jpg", "c.txt", "c.webp"], "no second file"
 
@@ -32,7 +35,7 @@ def test_what_cannot_be_edited_is_said(places: Places, tmp_path: Path) -> None:
         captions.read(places, str(tmp_path))
     (tmp_path / "metadata.jsonl").write_text("")
     with pytest.raises(DataError, match=r"in metadata\.jsonl"):
-        captions.write(places, str(tmp_path), {"a.png": "x"})
+        captions.read(places, str(tmp_path), only="a.png")
 
 
 def test_links_that_lead_out_are_left_alone(places: Places, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -42,7 +45,7 @@ def test_links_that_lead_out_are_left_alone(places: Places, tmp_path: Path, tmp_
     (tmp_path / "x.png").symlink_to(outside / "x.png")
     (tmp_path / "c.txt").symlink_to(outside / "c.txt")
     assert captions.read(places, str(tmp_path)) == {"a.png": "a cat, sitting", "b.jpg": "a dog", "c.webp": ""}
-    captions.write(places, str(tmp_path), {"c.webp": "mine"})
+    captions.write(places, str(tmp_path), {"c.webp": "mine"}, captions.read(places, str(tmp_path), only="c.webp"))
     assert (outside / "c.txt").read_text() == "treasure" and (tmp_path / "c.txt").read_text() == "mine\n"
 
 
@@ -52,3 +55,11 @@ def test_tags() -> None:
     assert captions.add_last("x")("a") == "a, x" and captions.add_last("x")("x, a") == "x, a"
     assert captions.remove("b")("a, b, c") == "a, c" and captions.remove("b")("a b,c") == "a b,c"
     assert captions.replace("cat", "dog")("a cat") == "a dog"
+
+
+def test_one_picture_is_read_by_its_name_alone(places: Places, tmp_path: Path) -> None:
+    assert captions.read(places, str(tmp_path), only="b.jpg") == {"b.jpg": "a dog"}
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "x.png").write_bytes(b"")
+    for name in ("below/x.png", "../x.png", "a.txt", ".a.png", "none.png", "", str(tmp_path / "a.png")):
+        assert captions.read(places, str(tmp_path), only=name) == {}

@@ -31,33 +31,33 @@ pinned_prompts = ["a cat, sitting", "a dog"]
 
 @pytest.mark.parametrize("toml", [TOML, "", *(form.preset(name) for name in form.presets())])
 def test_texts_mean_what_they_were_made_from(toml: str) -> None:
-    meant = form.config_of(toml, {}, RUNS)
-    assert form.config_of(toml, form.texts(meant), RUNS) == meant
-    assert form.config_of("", form.texts(meant), RUNS) == meant, "and need no file beside them"
+    meant = form.config_of({"toml": toml}, {}, RUNS)
+    assert form.config_of({"toml": toml}, form.texts(meant), RUNS) == meant
+    assert form.config_of({}, form.texts(meant), RUNS) == meant, "and need no file beside them"
 
 
 def test_sets_are_a_text_too_and_stand_in_for_the_folder() -> None:
     toml = '[data]\ntrigger = "cat"\n[[data.sets]]\nfolder = "a"\nrepeats = 3\n[[data.sets]]\nfolder = "b"\nregularises = true\n'
-    meant = form.config_of(toml, {}, RUNS)
+    meant = form.config_of({"toml": toml}, {}, RUNS)
     told = form.texts(meant)
     assert told["data.folder"] == ""
-    assert form.config_of(form.preset("mini"), told, RUNS).data.sets == meant.data.sets
-    with pytest.raises(ConfigError, match=r"data\.sets is not a TOML list"):
-        form.config_of("", {"data.sets": "[{"}, RUNS)
+    assert form.config_of(form.layers("mini", []), told, RUNS).data.sets == meant.data.sets
+    with pytest.raises(ConfigError, match=r"Cannot read data\.sets as TOML"):
+        form.config_of({}, {"data.sets": "[{"}, RUNS)
 
 
 def test_an_empty_field_takes_an_option_back() -> None:
-    assert form.config_of(TOML, {"data.min_side": ""}, RUNS).data.min_side is None
-    assert form.config_of(TOML, {"data.trigger": ""}, RUNS).data.trigger == ""
-    assert form.config_of(TOML, {"loss.pinned_prompts": "\n"}, RUNS).loss.pinned_prompts == ()
-    assert form.config_of(TOML, {"lora.unet": ""}, RUNS).lora.unet == ()
-    assert form.config_of(TOML, {"lora.layer_ranks": ""}, RUNS).lora.layer_ranks == {}
+    assert form.config_of({"toml": TOML}, {"data.min_side": ""}, RUNS).data.min_side is None
+    assert form.config_of({"toml": TOML}, {"data.trigger": ""}, RUNS).data.trigger == ""
+    assert form.config_of({"toml": TOML}, {"loss.pinned_prompts": "\n"}, RUNS).loss.pinned_prompts == ()
+    assert form.config_of({"toml": TOML}, {"lora.unet": ""}, RUNS).lora.unet == ()
+    assert form.config_of({"toml": TOML}, {"lora.layer_ranks": ""}, RUNS).lora.layer_ranks == {}
 
 
 def test_runs_are_made_where_the_page_makes_them() -> None:
-    assert form.config_of('[output]\nruns = "elsewhere"', {}, RUNS).output.runs == RUNS
+    assert form.config_of({"toml": '[output]\nruns = "elsewhere"'}, {}, RUNS).output.runs == RUNS
     with pytest.raises(ConfigError, match="not an option"):
-        form.config_of("", {"output.runs": "elsewhere"}, RUNS)
+        form.config_of({}, {"output.runs": "elsewhere"}, RUNS)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_runs_are_made_where_the_page_makes_them() -> None:
 )
 def test_an_error_names_the_field(name: str, text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        form.config_of("", {name: text}, RUNS)
+        form.config_of({}, {name: text}, RUNS)
 
 
 def test_every_option_has_a_field_with_its_description_bounds_and_default() -> None:
@@ -91,6 +91,26 @@ def test_a_preset_is_one_of_those_there_are() -> None:
     assert form.presets()["mini"].startswith("The demo: teach the embedded miniature")
     with pytest.raises(ConfigError, match="none called"):
         form.preset("../pyproject")
+
+
+def test_a_text_that_is_no_config_is_named() -> None:
+    for text, told in (("[lora", "Cannot read mine as TOML"), ("lora = 3", "mine: lora must be a section"), ("[a]", "mine: .a. is not")):
+        with pytest.raises(ConfigError, match=told):
+            form.config_of({"mine": text}, {}, RUNS)
+
+
+def test_what_is_laid_over_a_preset_changes_that_alone() -> None:
+    assert {"mini", "sd15", "sdxl"} <= form.presets().keys() and {"character", "style", "concept"} <= form.additions().keys()
+    assert not form.presets().keys() & form.additions().keys()
+    for preset in form.presets():
+        before = form.config_of(form.layers(preset, []), {}, RUNS)
+        for name in form.additions():
+            after = form.config_of(form.layers(preset, [name]), {}, RUNS)
+            changed = form.changes(form.texts(after), form.texts(before))
+            said = [f"{section}.{key}" for section, values in config.parse(form.preset(name), name).items() for key in values]
+            assert changed.keys() <= set(said), (preset, name)
+    style = form.config_of(form.layers("sd15", ["character", "style"]), {"data.flip": "false"}, RUNS)
+    assert (style.data.crop, style.optimizer.text_encoder_rate, style.data.flip) == ("salient", 0, False), "all of them, and the field last"
 
 
 def test_changes_are_what_differs() -> None:

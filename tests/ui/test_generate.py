@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from sdlora_ui.generate import figure, gallery, last_line, prompt_line
+from sdlora_ui import jobs
+from sdlora_ui.generate import gallery, numbers_of, prompt_line
 
 from sdlora.errors import ConfigError
 
@@ -32,14 +33,48 @@ def test_numbers_are_numbers() -> None:
         prompt_line("a", "", None, 1, 7.0, "", "")
 
 
-def test_a_picture_is_shown_with_its_parameters_as_text(tmp_path: Path) -> None:
+def test_strengths_are_numbers() -> None:
+    assert numbers_of("0, 0.5 1") == [0, 0.5, 1] and numbers_of(" ") == []
+    with pytest.raises(ConfigError, match="Strengths"):
+        numbers_of("0..1")
+
+
+def save(path: Path, parameters: str) -> None:
     info = PngInfo()
-    info.add_text("parameters", "<b>cat</b> <lora:x:1>\nSteps: 20, Seed: 3")
-    Image.new("RGB", (8, 8)).save(tmp_path / "00000.png", pnginfo=info)
-    shown = figure(tmp_path / "00000.png")
+    info.add_text("parameters", parameters)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+
+
+def test_a_picture_is_shown_with_its_parameters_as_text(tmp_path: Path) -> None:
+    save(tmp_path / "00000.png", "<b>cat</b> <lora:x:1>\nSteps: 20, Seed: 3")
+    shown = gallery(tmp_path)
     assert "&lt;b&gt;cat&lt;/b&gt; &lt;lora:x:1&gt;" in shown and "<b>cat" not in shown and "Steps: 20, Seed: 3" in shown
     (tmp_path / "00001.png").write_bytes((tmp_path / "00000.png").read_bytes()[:10])
-    assert gallery(tmp_path, False).count("<figure") == 1, "one is still being written"
-    assert "Being drawn" in gallery(tmp_path, True) and "Being drawn" not in gallery(tmp_path, False)
-    (tmp_path / "log.txt").write_text("x\nsdlora: No such file.\n\n")
-    assert last_line(tmp_path / "log.txt") == "No such file."
+    (tmp_path / "mine.png").write_bytes((tmp_path / "00000.png").read_bytes())
+    assert gallery(tmp_path).count("<figure") == 1, "one is no picture, and one is not ours"
+
+
+def test_a_picture_is_compared_with_the_base_models_of_the_same(tmp_path: Path) -> None:
+    save(tmp_path / "00000.png", "a cat\nSeed: 3")
+    save(tmp_path / "00001.png", "a cat\nSeed: 4")
+    save(tmp_path / "00002.png", "a cat <lora:x:1>\nSeed: 3")
+    save(tmp_path / "00002-grid.png", "a cat <lora:x:1>\nSeed: 3")
+    shown = gallery(tmp_path)
+    compared, _, rest = shown.partition("</figure>")
+    assert "sd-compare" in compared and "00002.png" in compared and "00000.png" in compared and "00001" not in compared
+    assert rest.count("<figure") == 4 and rest.count('class="small grid"') == 1
+    (tmp_path / "00000.png").unlink()
+    assert "sd-compare" not in gallery(tmp_path), "of another seed it says nothing"
+
+
+def test_a_job_is_followed_to_its_end_or_cancelled(tmp_path: Path) -> None:
+    job = jobs.Job(tmp_path / "log" / "log.txt", "Looking")
+    assert job.status() == "" and not job.is_busy
+    job.start(["inspect", str(tmp_path / "none.safetensors")])
+    with pytest.raises(ConfigError, match="still going on"):
+        job.start(["options"])
+    assert "Looking" in job.status() and job.process is not None
+    assert job.process.wait(60) == 2 and "sd-error" in job.status() and "none.safetensors" in job.status() and not job.is_done
+    job.start(["options"])
+    job.cancel()
+    assert job.process.wait(60) != 0 and "was cancelled" in job.status()

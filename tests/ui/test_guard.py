@@ -53,6 +53,13 @@ def test_the_page_itself_may() -> None:
     assert page().post("/").text == "hello", "a program that is no browser says nothing of a site"
 
 
+@pytest.mark.parametrize("address", ["http://example.org/a.png", "HTTPS://example.org", "%68ttp://example.org", "ftp://a", "http:/a"])
+def test_the_server_fetches_nothing_for_anybody(address: str) -> None:
+    for route in ("/gradio_api/file=", "/gradio_api/proxy=", "/file="):
+        assert page().get(route + address, headers=OWN).status_code == 404
+    assert page().get("/gradio_api/file=C:\\a.png", headers=OWN).text == "hello", "what is no address is for others to judge"
+
+
 def test_nothing_is_fetched_from_elsewhere_or_framed() -> None:
     policy = page().get("/").headers["content-security-policy"]
     assert "default-src 'self'" in policy and "frame-ancestors 'none'" in policy and "http" not in policy

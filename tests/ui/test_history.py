@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from sdlora_ui import history, live, plots
+from sdlora_ui import history, launch, live, plots
 from sdlora_ui.history import History, Series
 from sdlora_ui.markup import duration, text
 
 from sdlora import config, events, run
+from sdlora.errors import TrainingError
 
 
 def line(event: events.Event) -> str:
@@ -91,7 +92,7 @@ def test_status_is_what_the_process_and_its_last_word_say(place: run.Run) -> Non
         place.events.write_text("".join(map(line, told)))
         return history.status(place, History(place.events).look())
 
-    assert status() == "failed"
+    assert status() == "waiting", "nothing has begun"
     assert status(step(1, 1.0), events.Stopped(1)) == "stopped"
     assert status(step(1, 1.0), events.Finished(1, "x")) == "finished"
     assert status(events.Failed("DataError: no")) == "failed"
@@ -140,6 +141,21 @@ def test_plots_are_drawn_to_scale() -> None:
 def test_ticks_are_few_and_hold_the_values(low: float, high: float) -> None:
     ticks = plots.nice_ticks(low, high)
     assert 2 <= len(ticks) <= 6 and ticks[0] <= low and high <= ticks[-1] and ticks[0] < ticks[-1]
+
+
+def test_memory_is_drawn_where_it_was_told(place: run.Run) -> None:
+    place.events.write_text(line(events.Measured(25, [], None)) + line(events.Measured(50, [], None, 3 << 30)))
+    seen = History(place.events).look()
+    assert (seen.series["memory"].steps, seen.series["memory"].values) == ([50], [3.0])
+    assert "in use 3 GiB" in live.parts(place)["plots"]
+
+
+def test_resuming_a_run_that_stops_leaves_its_stop_file(place: run.Run) -> None:
+    place.claim(os.getpid())
+    place.ask_to_stop()
+    with pytest.raises(TrainingError, match="being trained already"):
+        launch.train(place)
+    assert place.asked_to_stop()
 
 
 def test_the_newest_run_is_the_one_in_training(place: run.Run) -> None:

@@ -119,7 +119,7 @@ def test_text_that_leads_elsewhere_is_refused(places: Places, text: str) -> None
     with pytest.raises(SdloraError):
         read(places, text)
     with pytest.raises(SdloraError):
-        write(places, text, {"a.png": "changed"})
+        write(places, text, {"a.png": "changed"}, {"a.png": ""})
     if text.isprintable() and text.strip():
         for name in ("data.folder", "lora.alpha_from", "data.cache", "data.regularisation_folder", "model.base", "model.vae"):
             with pytest.raises(SdloraError):

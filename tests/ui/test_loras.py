@@ -1,0 +1,58 @@
+"""What the inspect page says of a file, and draws of it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sdlora_ui import loras
+from sdlora_ui.loras import Layer
+
+MARKUP = "<img src=x>${a}"
+
+
+def told(tmp_path: Path, **others: Any) -> Path:
+    layer = {"name": "unet.mid_block.a", "kinds": ["lora"], "encoding": "lora", "rank": 4, "alpha": 4.0, "scale": 1.0, "norm": 0.5}
+    report = {
+        "path": "a.safetensors",
+        "size": 2**20,
+        "family": "sd1",
+        "naming": "webui",
+        "precision": "fp16",
+        "layers": [layer, layer | {"name": "text_encoder.b", "rank": None, "alpha": None}],
+        "metadata": {"ss_output_name": MARKUP},
+        "about": {"title": MARKUP},
+        "tags": [[MARKUP, 3]],
+        "readers": [],
+        "learned_alphas": {},
+    }
+    (tmp_path / "log.txt").write_text("a warning\n" + json.dumps(report | others) + "\n")
+    return tmp_path / "log.txt"
+
+
+def test_a_report_says_what_a_file_is_as_text(tmp_path: Path) -> None:
+    shown = loras.report_of(told(tmp_path))
+    assert "1.0 MiB, fp16, sd1, webui names" in shown and "<dd>2, rank 4</dd>" in shown
+    assert "<img" not in shown and "${" not in shown and shown.count("&lt;img src=x&gt;") == 3
+    assert "Every program that was tried reads it rightly." in shown and shown.count("<rect") == 3
+    assert "<li>A1111 drops it.</li>" in loras.report_of(told(tmp_path, readers=["a1111 drops it".capitalize()]))
+
+
+def test_learned_alphas_are_drawn_where_the_file_tells_them(tmp_path: Path) -> None:
+    assert "unet.mid_block.a: 4</title>" in loras.report_of(told(tmp_path))
+    shown = loras.report_of(told(tmp_path, learned_alphas={"unet.mid_block.a": 7.0}))
+    assert "Learned alpha" in shown and "unet.mid_block.a: 7</title>" in shown
+
+
+def test_bars_stand_in_the_order_of_blocks_to_scale() -> None:
+    """Three bars and the gap between two blocks share 1000 units; the ticks are 0, 1 and 2."""
+    layers = [Layer("unet.up_blocks.1.a", 2.0, 0), Layer("unet.down_blocks.0.a", 1.0, 0), Layer("unet.down_blocks.0.b", 0.5, 0)]
+    shown = loras.chart("Norms", layers)
+    bars = re.findall(r'x="([\d.]+)" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"><title>([^:]*)', shown)
+    assert [(float(x), float(y), float(height), name) for x, y, height, name in bars] == [
+        (0, 500, 500, "unet.down_blocks.0.a"),
+        (250, 750, 250, "unet.down_blocks.0.b"),
+        (750, 0, 1000, "unet.up_blocks.1.a"),
+    ]
+    assert "left:0.00%;width:50.00%" in shown and "left:75.00%;width:25.00%" in shown
+    assert loras.chart("Norms", [Layer("elsewhere", 1.0, 0)]) == ""
