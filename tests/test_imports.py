@@ -19,6 +19,7 @@ LAYERS = [
     {"checkpoint", "preview", "analysis", "adapt", "items"},
     {"latents", "prompts"},
     {"objective", "export", "plan", "saving"},
+    {"footprint"},
     {"train"},
     {"commands"},
     {"cli"},
