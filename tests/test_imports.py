@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "config", "events", "files", "tensors", "processes", "__init__"},
     {"run"},
     {"diffusion", "lora", "data"},
-    {"models", "optim"},
+    {"models", "optim", "loss_scale"},
     {"checkpoint", "preview", "analysis", "adapt", "items"},
     {"latents", "prompts"},
     {"objective", "export", "plan", "saving"},
