@@ -83,6 +83,24 @@ class ModelOptions(Section):
         description="The text encoder's layer that embeddings come from, counted from the last, which is 1, as WebUIs do; many models of "
         "anime want 2. Draw with the same.",
     )
+    base_precision: Literal["same", "bf16", "fp8", "int8", "nf4"] = Field(
+        "same",
+        description="How the weights of the UNet's blocks are kept in memory: as train.precision says ('same'), in 16 or 8 bits, or in 4 "
+        "('nf4', with `pip install 'sdlora[bitsandbytes]'`). They are made whole for each use; they are rounded, the adapter is not.",
+    )
+    offload: bool = Field(
+        False,
+        description="Keep these weights in the machine's memory and bring each to the GPU for its use: the same losses, later. A narrow "
+        "base_precision makes that quicker.",
+    )
+    vae_tile: Annotated[int, Field(ge=64, le=4096, multiple_of=64)] | None = Field(
+        None,
+        description="Side in px of the tiles in which the VAE takes larger pictures, a multiple of 64; unset: whole. Tiles take less "
+        "memory, and their latents differ a little.",
+    )
+    attention: Literal["sdpa", "xformers"] = Field(
+        "sdpa", description="Who computes the UNet's attention: PyTorch, or xformers (CUDA alone, `pip install 'sdlora[xformers]'`)."
+    )
 
 
 class PictureOptions(Section):
@@ -459,7 +477,9 @@ class TrainOptions(Section):
     batch_size: PositiveInt = Field(1, description="Pictures a step.")
     accumulation: PositiveInt = Field(1, description="Batches whose gradients are averaged into one step.")
     seed: int = Field(0, ge=0, lt=2**63, description="Fixes data order, noise, timesteps and initial weights.")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the frozen model; adapters stay in fp32.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="Arithmetic of the frozen model; adapters stay in fp32. 'fp16', which scales losses, is for GPUs without bf16."
+    )
     device: str = Field("auto", description="Where to train: auto, cpu, cuda, cuda:1, mps.")
     threads: Count = Field(0, description="CPU threads; 0 leaves it to PyTorch. Part of what makes a run repeatable to the bit.")
     gradient_checkpointing: bool = Field(False, description="Compute activations twice to save memory.")

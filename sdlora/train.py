@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,13 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdlora import checkpoint, events, preview
+from sdlora import checkpoint, events, footprint, preview
 from sdlora import optim as optimizers
 from sdlora.adapt import adapt, load_model, start_of, text_encoder_rate
 from sdlora.config import Config
 from sdlora.data.batches import BatchPlan
 from sdlora.data.cache import TensorCache
-from sdlora.data.captions import fixed_caption
 from sdlora.data.check import check, short
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.export import alpha_quantiles, export
@@ -25,7 +25,8 @@ from sdlora.items import find_items, write_pictures
 from sdlora.latents import Latents
 from sdlora.lora import calibrate, formats
 from sdlora.lora.layers import Adapter, LoraLayer, disabled, stop_dropping
-from sdlora.models.device import memory_used, set_aside
+from sdlora.loss_scale import LossScale
+from sdlora.models.device import memory_used, return_freed_memory, set_aside
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
@@ -35,6 +36,8 @@ from sdlora.prompts import BasePrompts
 from sdlora.run import Run
 from sdlora.saving import check_disk, circumstances, last_good, reservations, restore, save, when_there_is_room
 from sdlora.validation import hold_out, plan_of, validation_loss
+
+log = logging.getLogger(__name__)
 
 MATCH_EVERY = 10  # steps between two looks at matched rates, which move by a percent meanwhile; the first ten are all looked at
 MEASURE_EVERY = 25  # steps between two looks at alphas and pinned prompts
@@ -47,6 +50,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     config = run.config
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    return_freed_memory()
     prompts = [
         preview.parse_prompt(p, steps=config.preview.sampling_steps, guidance=config.preview.guidance) for p in config.preview.prompts
     ]
@@ -65,8 +69,9 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     check_step(config, model)
     noise_schedule_of(model, config)  # refuses here what does not fit the model
 
-    latents = Latents(TensorCache(run.cache / f"latents-{model.vae_fingerprint[:16]}", config.model.base), model, items)
-    unseen = Latents(TensorCache(run.cache / f"latents-{model.vae_fingerprint[:16]}", config.model.base), model, held_out)
+    tiled = f"-tiles-{config.model.vae_tile}" if config.model.vae_tile else ""  # which change latents a little
+    of_pictures = run.cache / f"latents-{model.vae_fingerprint[:16]}{tiled}"
+    latents, unseen = (Latents(TensorCache(of_pictures, config.model.base), model, shown) for shown in (items, held_out))
     of_prompts = TensorCache(run.cache / f"prompts-{model.text_fingerprint[:16]}", config.model.base)
 
     def statistics(modules: Mapping[str, nn.Linear | nn.Conv2d], rank: int) -> dict[str, Tensor]:
@@ -100,7 +105,10 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
         checkpoint.prune(run.checkpoints, config.train.keep_checkpoints)  # a kill may have come between a save and its pruning
         check_disk(run, layers, average)
         write_pictures(run.plan, items)
-    yield describe(config, model, items, plan, layers)
+    work = footprint.work_of(config, model, [*items, *held_out], layers)
+    planned = describe(config, model, items, plan, layers, footprint.estimate(work))
+    yield planned
+    yield from footprint.warnings(work, planned.memory_bytes)
     found = check(
         [(item.example, item.placed) for item in items],
         skipped,
@@ -116,7 +124,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
         yield from until_stopped(run, of_base.fill(prompts_of(config, [*items, *held_out], trains_text(layers))))
     processes.wait()
     set_aside(model, "vae")
-    if not trains_text(layers) and all(fixed_caption(item.example.caption, item.rules) is not None for item in (*items, *held_out)):
+    if not trains_text(layers) and not work.reads_prompts:
         set_aside(model, *model.text_encoders)
 
     def draw(rows: Sequence[tuple[str, int]], name: str) -> events.Event:
@@ -134,7 +142,8 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
             return export(run, family, model, items, layers, step)
 
     def saved() -> events.Event:
-        return save(run, layers, optimizer, average, step, {"bad_steps": bad_steps, "lowest": lowest, "circumstances": here})
+        more = {"bad_steps": bad_steps, "loss_scale": loss_scale.state(), "lowest": lowest, "circumstances": here}
+        return save(run, layers, optimizer, average, step, more)
 
     lowest: float | None = None  # loss on what is held out
 
@@ -151,7 +160,10 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     objective = Objective(config, family, model, items, plan, latents, of_base, layers, processes)
     validation = Objective(config, family, model, held_out, plan_of(held_out, config), unseen, of_base, layers)
     here, newest = circumstances(config, model, processes), restore(run, layers, optimizer, average)
-    step, bad_steps = (newest.step, newest.state["bad_steps"]) if newest else (0, 0)
+    step, bad_steps, loss_scale = 0, 0, LossScale(config.train.precision == "fp16")
+    if newest:
+        step, bad_steps = newest.step, newest.state["bad_steps"]
+        loss_scale.load_state(newest.state.get("loss_scale", loss_scale.state()))
     lowest = newest.state.get("lowest") if newest else None
     on_disk = step
     if newest:
@@ -168,21 +180,29 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
         text_rests = 0 < options.text_encoder_steps <= step
         losses = []
         for part in range(config.train.accumulation):
-            loss = objective(step, part, text_rests)
-            (loss.total / config.train.accumulation).backward()
+            with footprint.memory_errors_explained(work):
+                loss = objective(step, part, text_rests)
+                loss_scale.up(loss.total / config.train.accumulation).backward()
             losses.append(loss)
         processes.average(optimizer.parameters)
+        loss_scale.down(optimizer.parameters)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, options.max_grad_norm)
         finite = not processes.any(not all(value.isfinite() for value in (norm, *(loss.total for loss in losses))))
-        bad_steps = 0 if finite else bad_steps + 1
+        too_large = loss_scale.lowered(finite)
+        bad_steps = 0 if finite else bad_steps + (not too_large)
         if finite:
             since = step % config.lora.merge_every if config.lora.merge_every else step
             if options.matched and (since < MATCH_EVERY or since % MATCH_EVERY == 0):
                 match_rates(optimizer, layers, adapted.rates, options.up_ratio)
             optimizer.set_rates(share_of_peak(config, step), resting="text_encoder" if text_rests else None)
-            optimizer.step()
+            with footprint.memory_errors_explained(work):
+                optimizer.step()
             hold(layers.values(), config)
             check_weights(run, optimizer, step + 1)
+        elif too_large:
+            log.info(
+                "step %d is skipped, as fp16 cannot hold its gradients: losses are scaled by %g from here on", step + 1, loss_scale.value
+            )
         else:
             yield skip(run, step + 1, bad_steps, [items[index].example.path for index in objective.shown(step)])
         optimizer.zero_grad()
