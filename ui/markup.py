@@ -12,7 +12,9 @@ SIGNS = str.maketrans({sign: f"&#{ord(sign)};" for sign in "`${}\\"})
 
 def text(of: object) -> str:
     """Shown as it is, whatever stands in it; control characters become visible."""
-    visible = "".join(sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in str(of))
+    visible = str(of)
+    if not visible.isprintable():
+        visible = "".join(sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in visible)
     return html.escape(visible).translate(SIGNS)
 
 

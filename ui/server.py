@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import os
 import socket
 import tempfile
 import threading
 import webbrowser
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from sdlora.errors import ConfigError
 
@@ -41,6 +45,11 @@ def serve(places: Places, *, host: str, port: int, auth: str | None, browser: bo
 
 def application(places: Places, host: str, auth: str | None) -> ASGIApp:
     """The whole page behind its guard."""
+    with quickly():
+        return _application(places, host, auth)
+
+
+def _application(places: Places, host: str, auth: str | None) -> ASGIApp:
     import gradio as gr
     from fastapi import FastAPI
 
@@ -63,6 +72,28 @@ def application(places: Places, host: str, auth: str | None) -> ASGIApp:
     return guard.Guard(whole, host=host, auth=auth)
 
 
+@contextmanager
+def quickly() -> Iterator[None]:
+    """Import gradio inside, and it takes half as long: it would write a file of type hints for each of its components into its own folder,
+    at every import. For a class whose source cannot be found it does not. Nor is there any garbage to look for yet."""
+    real = inspect.getfile
+
+    def getfile(object: Any) -> str:
+        if isinstance(object, type) and object.__module__.startswith("gradio."):
+            raise OSError("no hints for this one")
+        return real(object)
+
+    collects = gc.isenabled()
+    gc.disable()
+    inspect.getfile = getfile
+    try:
+        yield
+    finally:
+        inspect.getfile = real
+        if collects:
+            gc.enable()
+
+
 def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
@@ -70,6 +101,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen()  # whoever reads the address may come at once, and waits
     except (OSError, OverflowError) as error:
         listening.close()
         raise ConfigError(f"--port {port} of {host} cannot be had ({error}): give another, or 0 for one that is free.") from None

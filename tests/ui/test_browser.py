@@ -44,7 +44,7 @@ SHORT = {
     "train.batch_size": "1",
     "lora.rank": "2",
 }
-PAGES = ("Train", "Runs", "Generate", "Dataset")
+PAGES = ("Train", "Runs", "Generate", "Dataset", "Inspect")
 
 
 @contextmanager
@@ -168,6 +168,10 @@ def test_runs_are_started_watched_left_stopped_resumed_and_taken_home(page: sync
     start(page, "short", {"train.steps": "6", "preview.every": "3"})
     start(page, "long", {"train.steps": "5000", "preview.every": "0"})
     page.wait_for_function("/Step \\d/.test(document.querySelector('#status').innerText)", timeout=LONG)
+    page.locator("#sample").click()
+    page.locator("#save").click()
+    expect(page.locator("#gallery figcaption")).to_have_text([re.compile(r"step \d"), "base model"], timeout=LONG)
+    expect(page.locator(".sd-download")).to_contain_text("Download long-step", timeout=LONG)
     page.reload()
     expect(page.locator("#status header b")).to_have_text("long", timeout=LONG)
     expect(page.get_by_label("Name")).to_have_value("long")  # what was typed is there, too
@@ -194,13 +198,24 @@ def test_runs_are_started_watched_left_stopped_resumed_and_taken_home(page: sync
     other.locator("#prompt textarea").fill("a <b>red</b> heart")
     other.locator("#lora-1 input").fill("runs/short/short.safetensors")
     other.locator("#lora-1 input").press("Enter")
+    other.locator("#without input").check()
     other.locator("#draw").click()
 
     page.wait_for_function(f"Number(/Step ([\\d,]+)/.exec(document.querySelector('#status').innerText)[1]) > {reached}", timeout=LONG)
     page.locator("#stop").click()
     badge(page, "Stopped")
-    drawn = other.locator("#pictures figcaption", has_text="a <b>red</b> heart <lora:short:1>")
+    drawn = other.locator("#pictures .sd-pictures figure:not(.grid) figcaption", has_text="a <b>red</b> heart <lora:short:1>")
     expect(drawn).to_contain_text("Steps: 20", timeout=LONG)
+    expect(other.locator("#pictures .grid img")).to_be_visible(timeout=LONG)
+    other.locator(".sd-compare input").fill("100")
+    assert other.locator(".sd-compare i").evaluate("(of) => of.offsetLeft >= of.parentNode.clientWidth")
+
+    other.get_by_role("tab", name="Inspect").click()
+    other.locator("#inspect-file input").fill("runs/short/short.safetensors")
+    other.locator("#inspect-file input").press("Enter")
+    other.locator("#inspect-look").click()
+    expect(other.locator(".sd-report")).to_contain_text("rank 2", timeout=LONG)
+    assert other.locator("#inspect-report rect").count() > 100
 
 
 def test_runs_are_compared_and_deleted(page: sync_api.Page, place: Path) -> None:
@@ -283,6 +298,19 @@ def test_captions_are_edited(page: sync_api.Page, place: Path) -> None:
     expect(field).to_have_value("photo, <b>a fish</b> ${x}")
     page.locator("#dataset-undo").click()
     expect(field).to_have_value("<b>a fish</b> ${x}")
+    field.fill("not left yet")
+    page.reload()
+    page.get_by_role("tab", name="Dataset").click()
+    page.locator("#dataset-folder textarea, #dataset-folder input").fill("fish")
+    page.locator("#dataset-load").click()
+    expect(field).to_have_value("not left yet")
+    field.focus()
+    field.blur()
+    expect(page.locator("figure", has=field).locator("output")).to_have_text("Saved")
+    assert (place / "fish/fish-00.txt").read_text() == "not left yet\n"
+    page.locator("#dataset-check").click()
+    expect(page.locator("#dataset-grid svg .frame")).to_have_count(16, timeout=LONG)
+    expect(page.locator("#dataset-report")).to_contain_text("Training would start.")
 
 
 def test_pages_fit_narrow_and_enlarged_windows_and_look_well(page: sync_api.Page) -> None:
@@ -290,6 +318,7 @@ def test_pages_fit_narrow_and_enlarged_windows_and_look_well(page: sync_api.Page
     folder = Path(os.environ.get("SDLORA_SCREENSHOTS", ROOT / "screenshots"))
     folder.mkdir(parents=True, exist_ok=True)
     for name in PAGES:
+        page.set_viewport_size({"width": 1280, "height": 900})
         page.get_by_role("tab", name=name).click()
         if name == "Dataset":
             page.locator("#dataset-load").click()
