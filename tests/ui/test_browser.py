@@ -107,7 +107,11 @@ def server(place: Path) -> Iterator[str]:
 def browser(others: set[psutil.Process]) -> Iterator[sync_api.Browser]:
     with within(STARTING, others):
         playwright = sync_api.sync_playwright().start()
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, timeout=1000 * STARTING)
+        try:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, timeout=1000 * STARTING)
+        except sync_api.Error as error:
+            playwright.stop()
+            pytest.skip(f"{CHROMIUM} does not start here: {error.message.splitlines()[0]}")
     yield browser
     with within(STARTING, others), suppress(sync_api.Error):  # it may have been taken away
         browser.close()
