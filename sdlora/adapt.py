@@ -17,7 +17,7 @@ from sdlora.lora.layers import Adapter, DoraLayer, Dropouts, FullLayer, LoraLaye
 from sdlora.lora.scaling import SCALINGS
 from sdlora.lora.targets import by_layer, find_norms, find_targets, groups_of, inject, seeded_generator
 from sdlora.models import families
-from sdlora.models.device import DTYPES, pick_device
+from sdlora.models.device import DTYPES, checkpoint_activations, pick_device
 from sdlora.models.family import Family, Model
 
 log = logging.getLogger(__name__)
@@ -74,10 +74,7 @@ def adapt(model: Model, config: Config, statistics: Statistics | None = None) ->
     has_matrices = options.kind in ("lora", "dora")
     alphas, unmatched = starting_alphas(adapted, ranks, config) if has_matrices else ({}, [])
     if config.train.gradient_checkpointing:
-        for module in model.parts.values():
-            # transformers and diffusers checkpoint in training mode only; the models have no dropout that this would switch on
-            module.train()
-            getattr(module, "enable_gradient_checkpointing", getattr(module, "gradient_checkpointing_enable", None))()  # type: ignore[misc]
+        checkpoint_activations(model)
     calibrates = has_matrices and adapted and options.init in CALIBRATED
     known = statistics(modules, max(ranks.values())) if statistics is not None and calibrates else {}
     dropouts = Dropouts(options.dropout, options.rank_dropout, options.module_dropout)

@@ -79,6 +79,7 @@ class Kind:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     reserved: Mapping[str, str] = field(default_factory=dict)  # an argument that users cannot give -> why
     factored: bool = False  # keeps means over rows and columns in the place of a second moment
+    kept: float = 2.0  # fp32 numbers that it remembers of each that is trained
     averages: bool = False  # eval() puts averaged weights into the parameters, train() takes them out
 
 
@@ -374,11 +375,11 @@ OPTIMIZERS: dict[str, Kind] = {
     # Loshchilov & Hutter 2019.
     "adamw": Kind(lambda: torch.optim.AdamW, (0.9, 0.99), {"fused": True}),
     # Dettmers et al. 2022: moments in 8 bits, but for tensors below 4096 numbers.
-    "adamw_8bit": Kind(_adamw_8bit, (0.9, 0.99)),
+    "adamw_8bit": Kind(_adamw_8bit, (0.9, 0.99), kept=0.5),
     # Mishchenko & Defazio 2023: a rate is a multiple, usually 1, of an estimated distance. As its authors advise for diffusion models.
-    "prodigy": Kind(lambda: _of_pytorch_optimizer("Prodigy"), (0.9, 0.99), {"bias_correction": True, "safeguard_warmup": True}),
+    "prodigy": Kind(lambda: _of_pytorch_optimizer("Prodigy"), (0.9, 0.99), {"bias_correction": True, "safeguard_warmup": True}, kept=4.0),
     # Luo et al. 2023: factored, with a confidence (the third beta) that scales steps; the first steps are some ten times the rate.
-    "came": Kind(lambda: _of_pytorch_optimizer("CAME"), (0.9, 0.999, 0.9999), factored=True),
+    "came": Kind(lambda: _of_pytorch_optimizer("CAME"), (0.9, 0.999, 0.9999), factored=True, kept=1.0),
     # Shazeer & Stern 2018, at rates from outside: those of its own are for weights that do not start from zero.
     "adafactor": Kind(
         lambda: _of_pytorch_optimizer("AdaFactor"),
@@ -386,9 +387,10 @@ OPTIMIZERS: dict[str, Kind] = {
         arguments={"relative_step": False, "scale_parameter": False, "warmup_init": False, "momentum_dtype": torch.float32},
         reserved={"relative_step": "rates are set by optimizer.rate", "warmup_init": "the warm-up is set by optimizer.warmup_steps"},
         factored=True,
+        kept=0.0,  # but for means over rows and columns
     ),
     # Chen et al. 2023: each number moves by the rate itself, so that a third to a tenth of AdamW's rate is usual.
-    "lion": Kind(lambda: _of_pytorch_optimizer("Lion"), (0.9, 0.99)),
+    "lion": Kind(lambda: _of_pytorch_optimizer("Lion"), (0.9, 0.99), kept=1.0),
     # Defazio et al. 2024: averages weights where others let rates fall.
     "schedule_free": Kind(
         lambda: _of_pytorch_optimizer("ScheduleFreeAdamW"),

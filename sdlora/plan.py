@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import psutil
-import torch
-from torch import Tensor
 
 from sdlora import events, optim
 from sdlora.adapt import adapt, load_model
@@ -17,7 +12,6 @@ from sdlora.data.batches import BatchPlan
 from sdlora.items import Item
 from sdlora.lora.layers import Adapter, LoraLayer
 from sdlora.lora.matched import expected_rate
-from sdlora.models import memory
 from sdlora.models.family import Model
 
 
@@ -70,14 +64,15 @@ def _row(name: str, layer: Adapter, rate: float, up_ratio: float, matched: bool)
     return LayerPlan(name, tuple(layer.weight_shape), layer.rank, scale, down_rate, up_rate, layer.trained_numbers)
 
 
-def describe(config: Config, model: Model, items: Sequence[Item], plan: BatchPlan, layers: Mapping[str, Adapter]) -> events.Planned:
+def describe(
+    config: Config, model: Model, items: Sequence[Item], plan: BatchPlan, layers: Mapping[str, Adapter], memory_bytes: int
+) -> events.Planned:
     buckets: dict[str, int] = {}
     for item in items:
         width, height = item.placed.bucket
         buckets[f"{width}x{height}"] = buckets.get(f"{width}x{height}", 0) + 1
     repeats = {item.repeats for item in items if not item.regularises}
     trainable = sum(layer.trained_numbers for layer in layers.values())
-    largest = max((item.placed.bucket for item in items), key=lambda bucket: bucket[0] * bucket[1])
     return events.Planned(
         images=len({item.example.path for item in items}),
         repeats=repeats.pop() if len(repeats) == 1 else 1,
@@ -88,32 +83,10 @@ def describe(config: Config, model: Model, items: Sequence[Item], plan: BatchPla
         batch_size=plan.batch_size * config.train.accumulation,
         layers={part: sum(name.startswith(f"{part}.") for name in layers) for part in model.parts},
         trainable_parameters=trainable,
-        memory_bytes=estimate_memory(config, model, trainable, largest),
+        memory_bytes=memory_bytes,
         device=str(model.device),
         base=config.model.base,
         assumed=list(model.notes),
     )
 
 
-def estimate_memory(config: Config, model: Model, trainable: int, bucket: tuple[int, int]) -> int:
-    """Peak bytes of a step: weights, adapters with gradient and two Adam moments (fp32), saved activations; on a CPU also the
-    process as it stands, which holds the weights already. The VAE is not on the device then."""
-    batch = config.train.batch_size + (config.loss.prior_samples if config.loss.prior else 0)  # one backward pass for all of them
-    unet: Any = model.parts["unet"]
-    # Autocast does not act on meta tensors: they have the precision that it would give them.
-    shape = (batch, unet.config.in_channels, bucket[1] // model.latent_factor, bucket[0] // model.latent_factor)
-    latents = torch.empty(shape, device="meta", dtype=model.dtype)
-    tokens = (batch, model.prompt_tokens, unet.config.cross_attention_dim)
-    embeds = torch.empty(tokens, device="meta", dtype=model.dtype, requires_grad=True)
-
-    pooled = torch.empty((batch, memory.pooled_size(unet.config)), device="meta", dtype=model.dtype)
-    added = {"text_embeds": pooled, "time_ids": torch.empty((batch, 6), device="meta")}  # which SDXL alone looks at
-
-    def step(shadow: Any) -> Tensor:
-        timesteps = torch.zeros(batch, dtype=torch.long, device="meta")
-        return shadow(latents, timesteps, embeds, added_cond_kwargs=added).sample  # type: ignore[no-any-return]
-
-    activations = memory.saved_bytes(unet, step)
-    held = psutil.Process().memory_info().rss if model.device.type == "cpu" else memory.weight_bytes(*model.parts.values())
-    numbers = 4 if config.optimizer.ema else 3
-    return held + trainable * 4 * numbers + activations

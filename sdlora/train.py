@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdlora import checkpoint, events, preview
+from sdlora import checkpoint, events, footprint, preview
 from sdlora import optim as optimizers
 from sdlora.adapt import adapt, load_model, start_of, text_encoder_rate
 from sdlora.config import Config
 from sdlora.data.batches import BatchPlan
 from sdlora.data.cache import TensorCache
-from sdlora.data.captions import fixed_caption
 from sdlora.data.check import check, short
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.export import alpha_quantiles, export
@@ -100,7 +99,10 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
         checkpoint.prune(run.checkpoints, config.train.keep_checkpoints)  # a kill may have come between a save and its pruning
         check_disk(run, layers, average)
         write_pictures(run.plan, items)
-    yield describe(config, model, items, plan, layers)
+    work = footprint.work_of(config, model, [*items, *held_out], layers)
+    planned = describe(config, model, items, plan, layers, footprint.estimate(work))
+    yield planned
+    yield from footprint.warnings(work, planned.memory_bytes)
     found = check(
         [(item.example, item.placed) for item in items],
         skipped,
@@ -116,7 +118,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
         yield from until_stopped(run, of_base.fill(prompts_of(config, [*items, *held_out], trains_text(layers))))
     processes.wait()
     set_aside(model, "vae")
-    if not trains_text(layers) and all(fixed_caption(item.example.caption, item.rules) is not None for item in (*items, *held_out)):
+    if not trains_text(layers) and not work.reads_prompts:
         set_aside(model, *model.text_encoders)
 
     def draw(rows: Sequence[tuple[str, int]], name: str) -> events.Event:
@@ -168,8 +170,9 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
         text_rests = 0 < options.text_encoder_steps <= step
         losses = []
         for part in range(config.train.accumulation):
-            loss = objective(step, part, text_rests)
-            (loss.total / config.train.accumulation).backward()
+            with footprint.memory_errors_explained(work):
+                loss = objective(step, part, text_rests)
+                (loss.total / config.train.accumulation).backward()
             losses.append(loss)
         processes.average(optimizer.parameters)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, options.max_grad_norm)
@@ -180,7 +183,8 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
             if options.matched and (since < MATCH_EVERY or since % MATCH_EVERY == 0):
                 match_rates(optimizer, layers, adapted.rates, options.up_ratio)
             optimizer.set_rates(share_of_peak(config, step), resting="text_encoder" if text_rests else None)
-            optimizer.step()
+            with footprint.memory_errors_explained(work):
+                optimizer.step()
             hold(layers.values(), config)
             check_weights(run, optimizer, step + 1)
         else:

@@ -20,7 +20,7 @@ LAYERS = [
     {"checkpoint", "preview", "analysis", "adapt", "items"},
     {"latents", "prompts"},
     {"objective", "export", "plan", "saving"},
-    {"validation"},
+    {"validation", "footprint"},
     {"train"},
     {"commands"},
     {"cli"},

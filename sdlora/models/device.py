@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sdlora.errors import ConfigError
 from sdlora.models.family import Model
@@ -29,8 +31,21 @@ def pick_device(name: str) -> torch.device:
 
 
 def arithmetic(model: Model) -> AbstractContextManager[Any]:
-    """Mixed precision of the forward pass; a no-op in fp32."""
+    """Mixed precision of the forward pass; a no-op in fp32, and on the meta device, where models/memory.py stands in for it."""
+    if model.device.type == "meta":
+        return nullcontext()
     return torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32)
+
+
+def checkpoint_activations(model: Model, **options: Any) -> None:
+    """From now on compute the activations within a block twice instead of keeping them. `options`: torch.utils.checkpoint's."""
+    for module in model.parts.values():
+        # transformers and diffusers checkpoint in training mode only; the models have no dropout that this would switch on
+        part: Any = module.train()
+        if hasattr(part, "enable_gradient_checkpointing"):  # diffusers
+            part.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, **options))
+        else:
+            part.gradient_checkpointing_enable({"use_reentrant": False, **options})
 
 
 def set_aside(model: Model, *names: str) -> None:

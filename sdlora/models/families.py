@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from sdlora.diffusion.schedule import NoiseSchedule
-from sdlora.models import sources
+from sdlora.models import memory, sources
 from sdlora.models.family import Family, Model
 from sdlora.models.sd import SD1, SD2
 from sdlora.models.sdxl import SDXL
@@ -28,6 +28,7 @@ def load(
 ) -> tuple[Family, Model]:
     """`base`, `vae`: see sources.load. Prompts are encoded up to the `clip_skip`-th last layer, in so many chunks. Text encoders and UNet
     in `dtype`, the VAE in fp32: SD 1.x's overflows in fp16 and loses tones in bf16. Raises WeightsError."""
+    program_bytes = memory.process_bytes()
     found = sources.load(base, dtype, vae=vae, prediction_type=prediction_type)
     family = FAMILIES[found.family]
     for module in (*found.text_encoders, found.unet, found.vae):
@@ -44,6 +45,7 @@ def load(
         scheduler_config=config,
         dtype=dtype,
         device=device,
+        program_bytes=program_bytes,
         notes=found.notes,
         clip_skip=clip_skip,
         chunks=chunks,

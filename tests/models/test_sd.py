@@ -15,7 +15,7 @@ from tiny import build_model
 from sdlora.adapt import heard
 from sdlora.errors import WeightsError
 from sdlora.lora.targets import find_targets
-from sdlora.models import families, memory
+from sdlora.models import families
 from sdlora.models.family import PicturePrompt
 from sdlora.models.images import encode_images
 from sdlora.models.sampling import generate
@@ -179,14 +179,6 @@ def test_wrong_folders_get_one_sentence(tiny: Path, tmp_path: Path, damage: str,
     with pytest.raises(WeightsError) as error:
         families.load(str(folder), torch.float32, CPU)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_saved_bytes_counts_what_autograd_keeps() -> None:
-    layer = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.ReLU(), torch.nn.Linear(20, 5))
-    x = torch.empty(3, 10, device="meta")
-    # kept: the input (for the first weight's gradient) and ReLU's result, which serves ReLU and the second Linear
-    assert memory.saved_bytes(layer, lambda shadow: shadow(x)) == 4 * (3 * 10 + 3 * 20)
-    assert memory.weight_bytes(layer) == 4 * (10 * 20 + 20 + 20 * 5 + 5)
 
 
 def test_pictures_are_rgb(tiny: Path) -> None:
