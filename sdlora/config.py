@@ -459,7 +459,9 @@ class TrainOptions(Section):
     batch_size: PositiveInt = Field(1, description="Pictures a step.")
     accumulation: PositiveInt = Field(1, description="Batches whose gradients are averaged into one step.")
     seed: int = Field(0, ge=0, lt=2**63, description="Fixes data order, noise, timesteps and initial weights.")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the frozen model; adapters stay in fp32.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="Arithmetic of the frozen model; adapters stay in fp32. 'fp16', which scales losses, is for GPUs without bf16."
+    )
     device: str = Field("auto", description="Where to train: auto, cpu, cuda, cuda:1, mps.")
     threads: Count = Field(0, description="CPU threads; 0 leaves it to PyTorch. Part of what makes a run repeatable to the bit.")
     gradient_checkpointing: bool = Field(False, description="Compute activations twice to save memory.")

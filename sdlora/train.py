@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from sdlora.items import find_items, write_pictures
 from sdlora.latents import Latents
 from sdlora.lora import calibrate, formats
 from sdlora.lora.layers import Adapter, LoraLayer, disabled, stop_dropping
-from sdlora.models.device import memory_used, set_aside
+from sdlora.loss_scale import LossScale
+from sdlora.models.device import memory_used, return_freed_memory, set_aside
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
@@ -34,6 +36,8 @@ from sdlora.prompts import BasePrompts
 from sdlora.run import Run
 from sdlora.saving import check_disk, circumstances, last_good, reservations, restore, save, when_there_is_room
 from sdlora.validation import hold_out, plan_of, validation_loss
+
+log = logging.getLogger(__name__)
 
 MATCH_EVERY = 10  # steps between two looks at matched rates, which move by a percent meanwhile; the first ten are all looked at
 MEASURE_EVERY = 25  # steps between two looks at alphas and pinned prompts
@@ -46,6 +50,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     config = run.config
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    return_freed_memory()
     prompts = [
         preview.parse_prompt(p, steps=config.preview.sampling_steps, guidance=config.preview.guidance) for p in config.preview.prompts
     ]
@@ -136,7 +141,8 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
             return export(run, family, model, items, layers, step)
 
     def saved() -> events.Event:
-        return save(run, layers, optimizer, average, step, {"bad_steps": bad_steps, "lowest": lowest, "circumstances": here})
+        more = {"bad_steps": bad_steps, "lowest": lowest, "loss_scale": loss_scale.state(), "circumstances": here}
+        return save(run, layers, optimizer, average, step, more)
 
     lowest: float | None = None  # loss on what is held out
 
@@ -153,8 +159,10 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     objective = Objective(config, family, model, items, plan, latents, of_base, layers, processes)
     validation = Objective(config, family, model, held_out, plan_of(held_out, config), unseen, of_base, layers)
     here, newest = circumstances(config, model, processes), restore(run, layers, optimizer, average)
-    step, bad_steps = (newest.step, newest.state["bad_steps"]) if newest else (0, 0)
-    lowest = newest.state.get("lowest") if newest else None
+    step, bad_steps, loss_scale = 0, 0, LossScale(config.train.precision == "fp16")
+    if newest:
+        step, bad_steps, lowest = newest.step, newest.state["bad_steps"], newest.state.get("lowest")
+        loss_scale.load_state(newest.state.get("loss_scale", loss_scale.state()))
     on_disk = step
     if newest:
         yield from reservations(newest, here)
@@ -172,12 +180,14 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
         for part in range(config.train.accumulation):
             with footprint.memory_errors_explained(work):
                 loss = objective(step, part, text_rests)
-                (loss.total / config.train.accumulation).backward()
+                loss_scale.up(loss.total / config.train.accumulation).backward()
             losses.append(loss)
         processes.average(optimizer.parameters)
+        loss_scale.down(optimizer.parameters)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, options.max_grad_norm)
         finite = not processes.any(not all(value.isfinite() for value in (norm, *(loss.total for loss in losses))))
-        bad_steps = 0 if finite else bad_steps + 1
+        too_large = loss_scale.lowered(finite)
+        bad_steps = 0 if finite else bad_steps + (not too_large)
         if finite:
             since = step % config.lora.merge_every if config.lora.merge_every else step
             if options.matched and (since < MATCH_EVERY or since % MATCH_EVERY == 0):
@@ -187,6 +197,10 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
                 optimizer.step()
             hold(layers.values(), config)
             check_weights(run, optimizer, step + 1)
+        elif too_large:
+            log.info(
+                "step %d is skipped, as fp16 cannot hold its gradients: losses are scaled by %g from here on", step + 1, loss_scale.value
+            )
         else:
             yield skip(run, step + 1, bad_steps, [items[index].example.path for index in objective.shown(step)])
         optimizer.zero_grad()

@@ -16,7 +16,7 @@ LAYERS = [
     {"run"},
     {"grid", "queue"},
     {"diffusion", "lora", "data"},
-    {"models", "optim"},
+    {"models", "optim", "loss_scale"},
     {"checkpoint", "preview", "analysis", "adapt", "items"},
     {"latents", "prompts"},
     {"objective", "export", "plan", "saving"},
