@@ -47,6 +47,10 @@ def load_model(config: Config) -> tuple[Family, Model]:
         prompt_weights=config.data.prompt_weights,
         vae=options.vae,
         prediction_type=options.prediction_type,
+        base_precision=options.base_precision,
+        offload=options.offload,
+        vae_tile=options.vae_tile,
+        attention=options.attention,
     )
 
 

@@ -83,6 +83,24 @@ class ModelOptions(Section):
         description="The text encoder's layer that embeddings come from, counted from the last, which is 1, as WebUIs do; many models of "
         "anime want 2. Draw with the same.",
     )
+    base_precision: Literal["same", "bf16", "fp8", "int8", "nf4"] = Field(
+        "same",
+        description="How the weights of the UNet's blocks are kept in memory: as train.precision says ('same'), in 16 or 8 bits, or in 4 "
+        "('nf4', with `pip install 'sdlora[bitsandbytes]'`). They are made whole for each use; they are rounded, the adapter is not.",
+    )
+    offload: bool = Field(
+        False,
+        description="Keep these weights in the machine's memory and bring each to the GPU for its use: the same losses, later. A narrow "
+        "base_precision makes that quicker.",
+    )
+    vae_tile: Annotated[int, Field(ge=64, le=4096, multiple_of=64)] | None = Field(
+        None,
+        description="Side in px of the tiles in which the VAE takes larger pictures, a multiple of 64; unset: whole. Tiles take less "
+        "memory, and their latents differ a little.",
+    )
+    attention: Literal["sdpa", "xformers"] = Field(
+        "sdpa", description="Who computes the UNet's attention: PyTorch, or xformers (CUDA alone, `pip install 'sdlora[xformers]'`)."
+    )
 
 
 class PictureOptions(Section):

@@ -20,6 +20,7 @@ from sdlora.items import Item
 from sdlora.models import families, memory
 from sdlora.models.device import DTYPES, checkpoint_activations
 from sdlora.models.family import Family, Model, PromptEmbeds
+from sdlora.models.packed import Packed, bytes_elsewhere, pack
 from sdlora.objective import PINNED_A_BATCH, trains_text
 from sdlora.optim import OPTIMIZERS
 
@@ -59,6 +60,9 @@ def shadow_of(work: Work) -> Model:
     model, options = work.model, work.config.train
     dtype = DTYPES[options.precision]
     parts = {part: memory.on_meta(module, dtype) for part, module in model.parts.items()}
+    kept, is_packed = work.config.model, any(isinstance(module, Packed) for module in parts["unet"].modules())
+    if (kept.base_precision != "same" or kept.offload) and not is_packed:
+        pack(parts["unet"], kept.base_precision, kept.offload)
     shadow = replace(model, parts=parts, dtype=dtype, device=torch.device("meta"))
     if options.gradient_checkpointing:
         checkpoint_activations(shadow, context_fn=lambda: (nullcontext(), memory.Autocast(model.device.type, dtype)))
@@ -70,7 +74,11 @@ def held_bytes(work: Work, shadow: Model) -> int:
     encoders, unet = [shadow.parts[part] for part in shadow.text_encoders], shadow.parts["unet"]
     if work.model.device.type == "cpu":
         return work.model.program_bytes + memory.weight_bytes(unet, *encoders, work.model.vae)
-    return memory.weight_bytes(unet, *(encoders if work.reads_prompts or trains_text(work.layers) else ()))
+    return (
+        memory.weight_bytes(unet)
+        - bytes_elsewhere(unet)
+        + memory.weight_bytes(*(encoders if work.reads_prompts or trains_text(work.layers) else ()))
+    )
 
 
 def step(work: Work, shadow: Model, trained: list[nn.Parameter]) -> None:
@@ -127,18 +135,22 @@ def alternatives(work: Work) -> Iterator[tuple[str, Work]]:
     """Each with one option changed to what takes less."""
     config, (width, height) = work.config, work.bucket
 
-    def train(**changes: object) -> Work:
-        return replace(work, config=config.model_copy(update={"train": config.train.model_copy(update=changes)}))
+    def change(section: str, **changes: object) -> Work:
+        return replace(work, config=config.model_copy(update={section: getattr(config, section).model_copy(update=changes)}))
 
     if config.train.batch_size > 1:
         batches = config.train.batch_size * config.train.accumulation
-        yield f"train.batch_size = 1 with train.accumulation = {batches}", train(batch_size=1, accumulation=batches)
+        yield f"train.batch_size = 1 with train.accumulation = {batches}", change("train", batch_size=1, accumulation=batches)
     if not config.train.gradient_checkpointing:
-        yield "train.gradient_checkpointing = true", train(gradient_checkpointing=True)
+        yield "train.gradient_checkpointing = true", change("train", gradient_checkpointing=True)
     if config.train.precision == "fp32" and (work.model.device.type != "cpu" or memory.in_onednn(torch.bfloat16)):  # else slow beyond use
-        yield "train.precision = 'bf16'", train(precision="bf16")
+        yield "train.precision = 'bf16'", change("train", precision="bf16")
+    if config.model.base_precision == "same" and not config.model.offload:
+        yield "model.base_precision = 'fp8'", change("model", base_precision="fp8")
+        if work.model.device.type != "cpu":
+            yield "model.offload = true", change("model", offload=True)
     if config.loss.prior:
-        yield "loss.prior = 0", replace(work, config=config.model_copy(update={"loss": config.loss.model_copy(update={"prior": 0.0})}))
+        yield "loss.prior = 0", change("loss", prior=0.0)
     if trains_text(work.layers) and any(name.startswith("unet.") for name in work.layers):
         yield "lora.text_encoder = []", replace(work, layers=[name for name in work.layers if name.startswith("unet.")])
     multiple = work.model.size_multiple

@@ -13,6 +13,7 @@ from sdlora.items import Item
 from sdlora.lora.layers import Adapter, LoraLayer
 from sdlora.lora.matched import expected_rate
 from sdlora.models.family import Model
+from sdlora.models.packed import numbers_in
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def plan(config: Config) -> Plan:
     optim.check(options.algorithm, options.schedule, options.ema, matched=options.matched)
     optim.class_arguments(options.algorithm, options.arguments)
     _, model = load_model(config)
-    sizes = {part: sum(p.numel() for p in module.parameters()) for part, module in model.parts.items()}
+    sizes = {part: numbers_in(module) for part, module in model.parts.items()}
     adapted = adapt(model, config)
     shares = {
         part: sum(layer.weight_shape.numel() for name, layer in adapted.layers.items() if name.startswith(f"{part}.")) / size

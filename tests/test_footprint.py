@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "checkpointing": {"gradient_checkpointing": "true", "precision": "bf16"},
     "batches, prior, pinned": {"batch_size": 3, "accumulation": 2, "loss__prior": 1, "prior_samples": 2, "loss__pinned_embedding": 1},
+    "fp8": {"base_precision": "fp8", "gradient_checkpointing": "true"},
     "text encoder alone": {"lora.unet": "[]"},
     "UNet alone, long prompts": {"lora.text_encoder": "[]", "max_tokens": 150, "prompt_weights": "true"},
     "DoRA, biases": {"lora.kind": "dora", "biases": "true", "output.format": "exact"},
@@ -93,6 +94,11 @@ def test_a_gpu_holds_no_vae_and_no_text_encoder_that_rests(base: Path) -> None:
     shadow = footprint.shadow_of(gpu)
     rests, reads = (footprint.held_bytes(replace(gpu, reads_prompts=on), shadow) for on in (False, True))
     assert rests == memory.weight_bytes(work.model.parts["unet"]) and reads == rests + encoders
+    away = make(base, offload="true", **{"lora.text_encoder": "[]"})
+    away = replace(away, model=replace(away.model, device=torch.device("cuda")))
+    outside = sum(p.nbytes for name, p in work.model.parts["unet"].named_parameters() if "blocks." not in name and "mid_block." not in name)
+    biases = sum(p.nbytes for name, p in work.model.parts["unet"].named_parameters() if p.dim() < 2)
+    assert outside < footprint.held_bytes(away, footprint.shadow_of(away)) < rests / 2 + biases
     everything = rests + encoders + memory.weight_bytes(work.model.vae) + work.model.program_bytes
     assert footprint.held_bytes(work, shadow) == everything
 
@@ -107,7 +113,7 @@ def test_the_options_that_help_most_come_first_and_keep_their_word(base: Path) -
     kept = make(base, batch_size=1, accumulation=4, loss__prior=1)
     promised = {text: saved for saved, text in found}["train.batch_size = 1 with train.accumulation = 4"]
     assert estimate(replace(kept, model=replace(kept.model, program_bytes=0))) == estimate(work) - promised
-    frugal = make(base, gradient_checkpointing="true", precision="bf16", **{"lora.text_encoder": "[]"})
+    frugal = make(base, gradient_checkpointing="true", precision="bf16", base_precision="fp8", **{"lora.text_encoder": "[]"})
     assert [text for text, _ in footprint.alternatives(frugal)] == ["data.resolution = 48"]
 
 

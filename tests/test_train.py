@@ -739,6 +739,34 @@ def test_a_bad_step_changes_nothing_is_told_and_resumes_in_the_same_bits(make: A
     assert all(torch.equal(after[layer][name], before[layer][name]) for layer in before for name in before[layer])
 
 
+def test_fp16_scales_losses_and_goes_on_to_the_same_bits(make: Any) -> None:
+    exact, half, resumed = make(steps=4), make(steps=4, precision="fp16"), make(steps=4, precision="fp16")
+    found = losses(train(half))
+    assert found == pytest.approx(losses(train(exact)), rel=0.02)
+    killed_and_resumed(resumed, 2)
+    assert_same_bits(half, resumed)
+    assert load_newest(half.checkpoints).state["loss_scale"] == [2.0**16, 4]  # type: ignore[union-attr]
+
+
+def test_gradients_that_fp16_cannot_hold_lower_the_scale_and_cost_their_step_alone(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdlora.loss_scale.START", 2.0**40)
+    of = make(steps=30, precision="fp16", checkpoint_every=10, max_bad_steps=0)
+    told = list(train(of))
+    assert not any("not finite" in e.message for e in told if isinstance(e, events.Warned))
+    taken, scale = len(losses(told)), load_newest(of.checkpoints).state["loss_scale"][0]  # type: ignore[union-attr]
+    assert 0 < taken < 30 and scale == 2.0 ** (40 - (30 - taken))
+
+
+def test_offloaded_weights_train_to_the_same_bits_and_narrow_ones_to_an_adapter_as_exact(make: Any) -> None:
+    plain, offloaded, narrow = make(), make(offload=True), make(base_precision="fp8")
+    wanted = losses(train(plain))
+    assert losses(train(offloaded)) == wanted
+    assert_same_bits(plain, offloaded)
+    found = losses(train(narrow))
+    assert found != wanted and found == pytest.approx(wanted, rel=0.1)
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(narrow.export).values())
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_too_many_bad_steps_in_a_row_end_the_run_at_the_same_step(make: Any, monkeypatch: pytest.MonkeyPatch, resumed: bool) -> None:
     spoil(monkeypatch, dict.fromkeys((3, 4, 5), float("nan")))

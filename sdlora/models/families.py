@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 
 import torch
 
 from sdlora.diffusion.schedule import NoiseSchedule
-from sdlora.models import memory, sources
+from sdlora.errors import ConfigError
+from sdlora.models import images, memory, packed, sources
 from sdlora.models.family import Family, Model
 from sdlora.models.sd import SD1, SD2
 from sdlora.models.sdxl import SDXL
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL)}
+
+
+def require_xformers(device: torch.device) -> None:
+    """Raises ConfigError where it cannot run."""
+    if device.type != "cuda":
+        raise ConfigError(f"model.attention = 'xformers' runs on CUDA alone, and this is {device.type}: set it to 'sdpa'.")
+    if importlib.util.find_spec("xformers") is None:
+        raise ConfigError("model.attention = 'xformers' needs xformers: pip install 'sdlora[xformers]', or set it to 'sdpa'.")
 
 
 def load(
@@ -25,14 +35,29 @@ def load(
     prompt_weights: bool = False,
     vae: str | None = None,
     prediction_type: str | None = None,
+    base_precision: str = "same",
+    offload: bool = False,
+    vae_tile: int | None = None,
+    attention: str = "sdpa",
 ) -> tuple[Family, Model]:
     """`base`, `vae`: see sources.load. Prompts are encoded up to the `clip_skip`-th last layer, in so many chunks. Text encoders and UNet
-    in `dtype`, the VAE in fp32: SD 1.x's overflows in fp16 and loses tones in bf16. Raises WeightsError."""
+    in `dtype`, or as `base_precision` and `offload` say (see packed.pack), the VAE in fp32: SD 1.x's overflows in fp16 and loses tones in
+    bf16. `vae_tile`: side in px of its tiles. Raises WeightsError, and ConfigError for what cannot be had here."""
+    if attention == "xformers":
+        require_xformers(device)
     program_bytes = memory.process_bytes()
     found = sources.load(base, dtype, vae=vae, prediction_type=prediction_type)
     family = FAMILIES[found.family]
     for module in (*found.text_encoders, found.unet, found.vae):
-        module.requires_grad_(False).eval().to(device)
+        module.requires_grad_(False).eval()
+    if base_precision != "same" or offload:
+        packed.pack(found.unet, base_precision, offload)
+    if vae_tile is not None:
+        images.tile(found.vae, vae_tile)
+    if attention == "xformers":
+        found.unet.enable_xformers_memory_efficient_attention()
+    for module in (*found.text_encoders, found.unet, found.vae):
+        module.to(device)
     names = sources.PARTS[found.family]
     schedule = NoiseSchedule(found.scheduler.alphas_cumprod.to(device), found.scheduler.config.prediction_type)
     config = {**found.scheduler.config, "clip_sample": False}  # a pixel-space habit that pipelines warn of

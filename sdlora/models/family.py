@@ -63,7 +63,8 @@ class Model:
     @cached_property
     def vae_fingerprint(self) -> str:
         """What cached latents depend on."""
-        return fingerprint(weights_fingerprint(self.vae), self.vae.config.scaling_factor)
+        tiles = ("tile", self.vae.tile_sample_min_size) if self.vae.use_tiling else ()
+        return fingerprint(weights_fingerprint(self.vae), self.vae.config.scaling_factor, *tiles)
 
     @cached_property
     def text_fingerprint(self) -> str:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from PIL import Image
 from torch import Tensor
 
 from sdlora.models.family import Model
+
+
+def tile(vae: Any, side: int) -> None:
+    """From now on take pictures that are larger than `side` px in overlapping tiles, and one picture at a time."""
+    vae.enable_tiling()
+    vae.enable_slicing()
+    vae.tile_sample_min_size = side
+    vae.tile_latent_min_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 @torch.no_grad()

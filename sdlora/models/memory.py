@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from sdlora.lora.layers import Adapter
+from sdlora.models.packed import Packed
 
 
 def process_bytes() -> int:
@@ -30,8 +31,9 @@ def weight_bytes(*modules: nn.Module) -> int:
 
 
 def on_meta(module: nn.Module, dtype: torch.dtype) -> Any:
-    """A copy that takes no memory. Weights are in `dtype`, and what adapters add to them as it is."""
+    """A copy that takes no memory. Weights are in `dtype`, but for packed ones, and what adapters add to them is as it is."""
     exact = {id(t) for part in module.modules() if isinstance(part, Adapter) for t in own_tensors(part)}
+    exact |= {id(t) for part in module.modules() if isinstance(part, Packed) for t in part.kept()}
     shells: dict[int, Tensor] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
         kept = tensor.dtype if id(tensor) in exact or not tensor.is_floating_point() else dtype

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x: what loads, what is refused, and that encoding and drawing agree with diffusers."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build_model
 
 from sdlora.adapt import heard
-from sdlora.errors import WeightsError
+from sdlora.errors import ConfigError, WeightsError
 from sdlora.lora.targets import find_targets
 from sdlora.models import families
 from sdlora.models.family import PicturePrompt
@@ -116,6 +117,40 @@ def test_latents_have_the_models_scale(tiny: Path) -> None:
     posterior = model.vae.encode(pixels).latent_dist
     torch.testing.assert_close(mean, posterior.mean * model.vae.config.scaling_factor)
     torch.testing.assert_close(std, posterior.std * model.vae.config.scaling_factor)
+
+
+def test_large_pictures_are_taken_in_tiles_where_asked_and_small_ones_whole(tiny: Path) -> None:
+    _, whole = families.load(str(tiny), torch.float32, CPU)
+    _, tiled = families.load(str(tiny), torch.float32, CPU, vae_tile=64)
+    assert whole.vae_fingerprint != tiled.vae_fingerprint
+    seen: list[tuple[int, ...]] = []
+    tiled.vae.encoder.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape)))
+    pixels = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found, wanted = (encode_images(model, pixels)[0] for model in (tiled, whole))
+    assert {shape[0] for shape in seen} == {1} and max(max(shape[2:]) for shape in seen) == 64  # one picture at a time, too
+    assert found.shape == wanted.shape == (2, 4, 48, 32)
+    assert 0 < (found - wanted).abs().mean() < 0.2 * wanted.std()
+    torch.testing.assert_close(*(encode_images(model, pixels[:, :, :64])[0] for model in (tiled, whole)))
+
+
+def test_xformers_is_refused_where_it_cannot_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"model.attention = 'xformers' runs on CUDA alone, and this is cpu: set it to 'sdpa'"):
+        families.load(str(tiny), torch.float32, CPU, attention="xformers")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs xformers: pip install 'sdlora\[xformers\]'"):
+        families.require_xformers(torch.device("cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or importlib.util.find_spec("xformers") is None, reason="needs a GPU and xformers")
+def test_xformers_computes_what_sdpa_does(tiny: Path) -> None:
+    gpu, predictions = torch.device("cuda"), []
+    for attention in ("sdpa", "xformers"):
+        family, model = families.load(str(tiny), torch.float32, gpu, attention=attention)
+        noisy = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(gpu)
+        with torch.no_grad():
+            prompts = family.encode_prompts(model, ["a cat", ""])
+            predictions.append(family.predict(model, noisy, torch.tensor([10, 900], device=gpu), prompts, torch.zeros(2, 6, device=gpu)))
+    torch.testing.assert_close(*predictions, rtol=1e-3, atol=1e-4)
 
 
 def test_fingerprints_follow_weights_scale_precision_and_tokenizer_but_not_the_folder(tiny: Path, tmp_path: Path) -> None:
