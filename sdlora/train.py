@@ -142,7 +142,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
             return export(run, family, model, items, layers, step)
 
     def saved() -> events.Event:
-        more = {"bad_steps": bad_steps, "loss_scale": loss_scale.state(), "lowest": lowest, "circumstances": here}
+        more = {"bad_steps": bad_steps, "lowest": lowest, "loss_scale": loss_scale.state(), "circumstances": here}
         return save(run, layers, optimizer, average, step, more)
 
     lowest: float | None = None  # loss on what is held out
@@ -162,9 +162,8 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     here, newest = circumstances(config, model, processes), restore(run, layers, optimizer, average)
     step, bad_steps, loss_scale = 0, 0, LossScale(config.train.precision == "fp16")
     if newest:
-        step, bad_steps = newest.step, newest.state["bad_steps"]
+        step, bad_steps, lowest = newest.step, newest.state["bad_steps"], newest.state.get("lowest")
         loss_scale.load_state(newest.state.get("loss_scale", loss_scale.state()))
-    lowest = newest.state.get("lowest") if newest else None
     on_disk = step
     if newest:
         yield from reservations(newest, here)

@@ -166,6 +166,26 @@ def test_presets_load() -> None:
         load([preset])
 
 
+@pytest.mark.parametrize("partial", ["low_vram", "very_low_vram"])
+@pytest.mark.parametrize("full", ["mini", "sd15", "sd21", "sdxl"])
+def test_partial_presets_change_what_they_are_for_and_no_more(partial: str, full: str) -> None:
+    configs = Path(__file__).parent.parent / "configs"
+    alone, merged = load([configs / f"{full}.toml"]), load([configs / f"{full}.toml", configs / f"{partial}.toml"])
+    values, changed = alone.model_dump(), merged.model_dump()
+    differs = {f"{section}.{key}" for section in values for key in values[section] if values[section][key] != changed[section][key]}
+    assert differs <= {
+        "model.base_precision",
+        "model.offload",
+        "model.vae_tile",
+        "data.caption_dropout",
+        "lora.text_encoder",
+        "train.batch_size",
+        "train.accumulation",
+        "train.gradient_checkpointing",
+    }
+    assert merged.train.gradient_checkpointing and merged.lora.text_encoder == () and merged.train.batch_size == 1
+
+
 def test_a_background_is_a_colour() -> None:
     assert load([], [("background", "#102030")]).data.background == "#102030"
     with pytest.raises(ConfigError, match=r"data\.background = 'no colour'.*#rrggbb"):

@@ -1,8 +1,10 @@
-"""The estimated and the measured peak of a training step, for Stable Diffusion 1.5 at full size with random weights.
+"""The estimated and the measured peak of a training step, for Stable Diffusion 1.5 at full size with random weights; and the estimates
+for the presets on a GPU.
 
     python tests/benchmarks/memory.py                          # up to 8 GB of memory and 2.3 GB of disk; a minute or four a row
     python tests/benchmarks/memory.py --rows "256 px" "prior"
     python tests/benchmarks/memory.py --model FOLDER           # another model, or the same again
+    python tests/benchmarks/memory.py --presets                # what stands in configs/*low_vram.toml: estimates alone, two minutes
 
 Each row trains two steps in a process of its own. On a CPU what counts is the process's resident memory, looked at every 10 ms from the
 first step on; on CUDA what the allocator held. Ratios above 1 promise too much memory, below 1 too little.
@@ -22,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+sys.path.append(str(ROOT / "tests"))  # for full_size
 SHARED = {"steps": "2", "checkpoint_every": "0", "rank": "16", "precision": "fp32", "batch_size": "1", "train.threads": "1"}
 ROWS: dict[str, dict[str, str]] = {
     "256 px": {"resolution": "256"},
@@ -32,36 +35,24 @@ ROWS: dict[str, dict[str, str]] = {
     "256 px, prior": {"resolution": "256", "prior": "1"},
     "512 px": {"resolution": "512"},
     "512 px, checkpointing": {"resolution": "512", "gradient_checkpointing": "true"},
+    "512 px, weights in bf16, checkpointing": {"resolution": "512", "base_precision": "bf16", "gradient_checkpointing": "true"},
+    "256 px, weights in fp8": {"resolution": "256", "base_precision": "fp8"},
+    "64 px, weights in bf16": {"resolution": "64", "base_precision": "bf16"},
     "64 px, bf16": {"resolution": "64", "precision": "bf16"},  # a hundred times as slow where the CPU has no bf16
     "512 px, bf16, checkpointing": {"resolution": "512", "precision": "bf16", "gradient_checkpointing": "true"},
 }
 
 
-def build(folder: Path) -> Path:
-    """SD 1.5 in bf16 with random weights, in diffusers' layout."""
-    import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+def full_size_model(folder: Path) -> Path:
+    from full_size import build_sd15
 
-    from sdlora.models.sources import CONFIGS
-    from sdlora.models.tokenizer import clip_tokenizer
-
-    own = CONFIGS / "sd1"
-    torch.set_default_dtype(torch.bfloat16)
-    UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(own / "unet")).save_pretrained(folder / "unet")
-    CLIPTextModel(CLIPTextConfig.from_pretrained(own / "text_encoder")).save_pretrained(folder / "text_encoder")
-    torch.set_default_dtype(torch.float32)
-    AutoencoderKL.from_config(AutoencoderKL.load_config(own / "vae")).save_pretrained(folder / "vae")
-    DDPMScheduler.from_config(DDPMScheduler.load_config(own / "scheduler")).save_pretrained(folder / "scheduler")
-    clip_tokenizer().save_pretrained(folder / "tokenizer")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    return folder
+    return build_sd15(folder)
 
 
 def pictures(folder: Path, side: int) -> Path:
     from PIL import Image
 
-    for number in range(1):
+    for number in range(2):  # as many as the largest batch
         Image.effect_noise((side, side), 50 + 10 * number).convert("RGB").save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("a cat")
     return folder
@@ -112,17 +103,37 @@ def resident() -> Iterator[list[int]]:
         thread.join()
 
 
+def presets() -> Iterator[tuple[str, int]]:
+    """Estimates for a GPU, in bytes: of each model's preset, and with the partial ones behind it."""
+    from full_size import work_on_meta
+
+    from sdlora import config
+    from sdlora.footprint import estimate
+
+    folder = ROOT / "configs"
+    for family, preset, side in (("sd1", "sd15", 512), ("sdxl", "sdxl", 1024)):
+        for partial in ("", "low_vram", "very_low_vram"):
+            files = [folder / f"{name}.toml" for name in (preset, partial) if name]
+            chosen = config.load(files)
+            yield f"{preset} {partial}", estimate(work_on_meta(family, chosen, side, reads_prompts=chosen.data.caption_dropout > 0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=[""], help="rows whose name has one of these in it; all by default")
     parser.add_argument("--model", type=Path, help="a model folder; unset: SD 1.5 is built for the occasion")
+    parser.add_argument("--presets", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.presets:
+        for name, peak in presets():
+            print(f"{name:22} {peak / 2**30:.1f} GiB", flush=True)
+        return
     if options.child:
         measure(options.model, options.child)
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = options.model or build(Path(folder))
+        model = options.model or full_size_model(Path(folder))
         print("| row | estimated | measured | ratio | s a step |\n|---|---|---|---|---|")
         for row in ROWS:
             if any(word in row for word in options.rows):
