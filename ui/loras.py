@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import gradio as gr
 from sdlora import run as runs
 from sdlora.errors import ConfigError, SdloraError
 
-from . import jobs, markup
+from . import jobs, live, markup
 from .markup import file_url, text
-from .paths import Places, shown
+from .paths import BUILT_IN, Places, shown
 from .plots import nice_ticks
 from .train import QUIET
 
+# What is asked of `sdlora inspect --base`, behind the name of its button.
+EFFECTS: dict[str, list[str]] = {"Intruder dimensions": [], "Drift": ["--drift"], "Leakage": ["--leakage"]}
 FOLDER = "_loras"  # of what is made here, in the folder of runs
 SIDE = 1000  # of a chart's own square
 NARROW = 0.03  # share of a chart's width below which a block's name has no place
@@ -49,7 +52,9 @@ class Layer:
 def build(places: Places) -> None:
     made = places.runs / FOLDER
     looking = jobs.Job(made / "inspect.txt", "Reading the file")
+    comparing = jobs.Job(made / "effect.txt", "Looking at what it does")
     making = jobs.Job(made / "log.txt", "Writing a file")
+    plot = made / "effect.png"
     wanted: list[Path] = []  # what `making` is to write
 
     with gr.Column(elem_classes="sd-page"):
@@ -58,6 +63,10 @@ def build(places: Places) -> None:
             look = gr.Button("Inspect", size="sm", variant="primary", elem_id="inspect-look")
         message = gr.HTML(elem_id="inspect-message")
         report = gr.HTML(EMPTY, elem_id="inspect-report", apply_default_css=False)
+        with gr.Row(elem_classes="sd-tools"):
+            model = gr.Textbox(BUILT_IN, label="What it does to the base model", scale=2, elem_id="inspect-base")
+            effects = {name: gr.Button(name, size="sm", elem_id=f"inspect-{name.split()[0].lower()}") for name in EFFECTS}
+        effect = gr.HTML(elem_id="inspect-effect", apply_default_css=False)
     with gr.Column(elem_classes="sd-page"):
         gr.HTML("<h3>Make another file of it</h3>", elem_classes="sd-heading")
         out = gr.Textbox("", label="New file", placeholder=shown(made / "name.safetensors"), elem_id="inspect-out")
@@ -70,6 +79,11 @@ def build(places: Places) -> None:
                 to = gr.Dropdown(["webui", "diffusers"], value="webui", label="Names", scale=1)
                 precision = gr.Dropdown(["as it is", "fp32", "fp16", "bf16"], value="as it is", label="Precision", scale=1)
                 convert = gr.Button("Convert", size="sm", variant="primary", elem_id="inspect-convert")
+            with gr.Tab("Repair", id="repair"), gr.Row(elem_classes="sd-tools"):
+                scale = gr.Number(
+                    0.5, label="Scale intruder dimensions by", info="against the base model above", scale=1, elem_id="repair-scale"
+                )
+                repair = gr.Button("Repair", size="sm", variant="primary", elem_id="inspect-repair")
             with gr.Tab("Merge", id="merge"):
                 with gr.Row(elem_classes="sd-tools"):
                     own = gr.Number(1.0, label="Strength of the file above", step=0.05)
@@ -117,6 +131,9 @@ def build(places: Places) -> None:
 
         return start(making, whole)
 
+    def compare(flags: list[str], path: str | None, base: str) -> str:
+        return start(comparing, lambda: ["inspect", str(source(path)), *against(base), *flags, "--plot", str(plot)])
+
     def merging(path: str | None, strength: float, base: str, rank: str, *others: Any) -> list[str]:
         loras = [(path, strength), *zip(others[::2], others[1::2], strict=True)]
         words = ["merge"]
@@ -129,29 +146,43 @@ def build(places: Places) -> None:
             words += ["--rank", rank.strip()]
         return words
 
+    def against(base: str) -> list[str]:
+        """The options that name a base model."""
+        found = base.strip() if base.strip() == BUILT_IN else str(places.resolve(base, "Base model"))
+        return [f"--base={found}", "--cache", str(places.runs / runs.CACHE)]
+
     def tick(sent: dict[str, str]) -> tuple[Any, ...]:
-        parts = {"message": "", "report": gr.skip(), "status": making.status(), "busy": str(making.is_busy or looking.is_busy)}
+        busy = str(any(job.is_busy for job in (looking, comparing, making)))
+        parts = {"message": "", "report": gr.skip(), "effect": effect_of(comparing, plot), "status": making.status(), "busy": busy}
         if looking.is_done:
             parts["report"] = report_of(looking.log)
         elif looking.process is not None:
             parts["message"] = looking.status()
         if making.is_done and wanted and wanted[0].is_file():
             parts["status"] += download(wanted[0])
-        told = [parts[key] if sent.get(key, "") != parts[key] else gr.skip() for key in ("message", "report", "status")]
+        told = [parts[key] if sent.get(key, "") != parts[key] else gr.skip() for key in ("message", "report", "effect", "status")]
         usable = gr.update(interactive=parts["busy"] == "True") if sent.get("busy") != parts["busy"] else gr.skip()
         return *told, usable, {key: of for key, of in parts.items() if isinstance(of, str)}
 
     def stop() -> None:
-        looking.cancel()
-        making.cancel()
+        for job in (looking, comparing, making):
+            job.cancel()
 
     def choices() -> list[Any]:
         return [gr.update(choices=lora_files(places))] * (1 + len(others) // 2)
 
     files = [file, *others[::2]]
-    gr.Timer(1.0).tick(tick, sent, [message, report, status, cancel, sent], concurrency_limit=None, **QUIET)
+    gr.Timer(1.0).tick(tick, sent, [message, report, effect, status, cancel, sent], concurrency_limit=None, **QUIET)
     gr.on([of.focus for of in files], choices, None, files, **QUIET)
     look.click(lambda path: start(looking, lambda: ["inspect", str(source(path)), "--json"]), file, message, **QUIET)
+    for name, button in effects.items():
+        button.click(partial(compare, EFFECTS[name]), [file, model], message, **QUIET)
+    repair.click(
+        lambda path, out, base, of: make(out, lambda _: ["repair", str(source(path)), *against(base), "--scale", f"{of:g}"]),
+        [file, out, model, scale],
+        status,
+        **QUIET,
+    )
     resize.click(
         lambda path, out, how, limit: make(out, lambda _: ["resize", str(source(path)), LIMITS[how], f"{limit:g}"]),
         [file, out, how, limit],
@@ -183,6 +214,14 @@ EMPTY = '<p class="sd-empty">Choose a LoRA file, of any trainer, and press Inspe
 
 def download(path: Path) -> str:
     return f'<p class="sd-written"><a class="sd-download" href="{text(file_url(path))}" download>Download {text(path.name)}</a></p>'
+
+
+def effect_of(job: jobs.Job, plot: Path) -> str:
+    """What `sdlora inspect --base` said, and its picture."""
+    if not job.is_done:
+        return job.status()
+    picture = f'<img class="sd-effect" src="{text(file_url(plot))}" alt="By block">' if plot.is_file() else ""
+    return f"{live.log(job.log)}{picture}"
 
 
 def report_of(log: Path) -> str:

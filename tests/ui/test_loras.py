@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sdlora_ui import loras
+from sdlora_ui import jobs, loras
 from sdlora_ui.loras import Layer
 
 MARKUP = "<img src=x>${a}"
@@ -56,3 +56,13 @@ def test_bars_stand_in_the_order_of_blocks_to_scale() -> None:
     ]
     assert "left:0.00%;width:50.00%" in shown and "left:75.00%;width:25.00%" in shown
     assert loras.chart("Norms", [Layer("elsewhere", 1.0, 0)]) == ""
+
+
+def test_what_a_file_does_to_its_base_is_shown_with_its_picture(tmp_path: Path) -> None:
+    job = jobs.Job(tmp_path / "log.txt", "Looking")
+    assert loras.effect_of(job, tmp_path / "effect.png") == ""
+    job.start(["options"])
+    assert job.process is not None and job.process.wait(60) == 0
+    assert "sd-log" in loras.effect_of(job, tmp_path / "effect.png") and "<img" not in loras.effect_of(job, tmp_path / "effect.png")
+    (tmp_path / "effect.png").write_bytes(b"")
+    assert "<img" in loras.effect_of(job, tmp_path / "effect.png")
