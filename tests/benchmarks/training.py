@@ -1,0 +1,257 @@
+"""A training step of ours beside the usual ones: how long it takes, what it holds, and how long until the first.
+
+    python tests/benchmarks/training.py --model mini --pixels 64 --batch 4        # the embedded model; two minutes
+    python tests/benchmarks/training.py --pixels 256                              # SD 1.5 at full size, random weights; 20 GB
+    python tests/benchmarks/training.py --pixels 512 --device cuda --precision bf16
+
+LoRAs of rank 16 on attention and feed-forward layers of the UNet. Each side runs in a process of its own and takes a step when it is its
+turn, so that all meet the same noise of the machine; printed are medians of the rounds' ratios.
+
+* example: what example scripts do: peft's layers, AdamW, the picture and its caption encoded anew in each step;
+* cached: the same loop with latents and embeddings computed before;
+* bare: forward and backward of diffusers' UNet without any adapter, nothing learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for full_size
+RANK = 16
+WARMUP = 2  # rounds that allocate
+TARGETS = r".*(attn\d\.to_[qkv]|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|attentions\.\d\.proj_(in|out))"
+
+
+# ---------------------------------------------------------------- sides: each yields once a step
+
+
+def ours(options: argparse.Namespace, folder: Path) -> Iterator[None]:
+    from sdlora import config, events, run
+    from sdlora.train import train
+
+    flags = {
+        "model.base": options.model,
+        "data.folder": folder / "pictures",
+        "data.cache": folder / "cache",
+        "output.runs": folder / "runs",
+        "resolution": options.pixels,
+        "bucket_step": 32 if options.model == "mini" else 64,
+        "batch_size": options.batch,
+        "precision": options.precision,
+        "train.device": options.device,
+        "train.threads": options.threads,
+        "lora.text_encoder": "[]",
+        "lora.unet": '["attention+ff"]',
+        "rank": RANK,
+        "steps": 100_000,
+        "checkpoint_every": 0,
+    }
+    for event in train(run.create(config.load([], [(name, str(value)) for name, value in flags.items()]))):
+        if isinstance(event, events.Stepped):
+            yield
+
+
+def example(options: argparse.Namespace, folder: Path) -> Iterator[None]:
+    return peft_loop(options, folder, cached=False)
+
+
+def cached(options: argparse.Namespace, folder: Path) -> Iterator[None]:
+    return peft_loop(options, folder, cached=True)
+
+
+def peft_loop(options: argparse.Namespace, folder: Path, cached: bool) -> Iterator[None]:
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from peft import LoraConfig
+    from PIL import Image
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    device, dtype, base = options.device, dtype_of(options), base_of(options)
+    unet: Any = UNet2DConditionModel.from_pretrained(base / "unet", torch_dtype=dtype).to(device).requires_grad_(False)
+    vae: Any = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=dtype).to(device).requires_grad_(False)
+    text: Any = CLIPTextModel.from_pretrained(base / "text_encoder", torch_dtype=dtype).to(device).requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    scheduler = DDPMScheduler.from_pretrained(base / "scheduler")
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    @torch.no_grad()
+    def encoded(path: Path) -> tuple[Any, Any]:
+        pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].to(device, dtype) / 127.5 - 1
+        tokens = tokenizer(path.with_suffix(".txt").read_text(), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor, text(tokens.to(device)).last_hidden_state
+
+    paths = sorted((folder / "pictures").glob("*.png"))
+    known = {path: encoded(path) for path in paths} if cached else {}
+    number = 0
+    while True:
+        batch = [paths[(number + k) % len(paths)] for k in range(options.batch)]
+        number += options.batch
+        latents, embeds = (torch.cat(of) for of in zip(*(known[path] if cached else encoded(path) for path in batch), strict=True))
+        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (options.batch,), device=device)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeds).sample
+        loss = F.mse_loss(predicted.float(), noise.float())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        yield
+
+
+def bare(options: argparse.Namespace, folder: Path) -> Iterator[None]:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    device, dtype = options.device, dtype_of(options)
+    unet: Any = UNet2DConditionModel.from_pretrained(base_of(options) / "unet", torch_dtype=dtype).to(device).requires_grad_(False)
+    side = options.pixels // 8 if options.model != "mini" else options.pixels // 4
+    while True:
+        shapes = ((options.batch, 4, side, side), (options.batch, 77, unet.config.cross_attention_dim))
+        latents, embeds = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
+        loss = unet(latents, torch.full((options.batch,), 500, device=device), embeds).sample.float().square().mean()
+        loss.backward()
+        loss.item()
+        yield
+
+
+SIDES: dict[str, Callable[[argparse.Namespace, Path], Iterator[None]]] = {"ours": ours, "example": example, "cached": cached, "bare": bare}
+
+
+def dtype_of(options: argparse.Namespace) -> Any:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
+
+
+def base_of(options: argparse.Namespace) -> Path:
+    return ROOT / "sdlora" / "mini" / "weights" if options.model == "mini" else Path(options.model)
+
+
+# ---------------------------------------------------------------- processes
+
+
+class Side:
+    """One way to train, in a process of its own."""
+
+    def __init__(self, name: str, arguments: list[str]):
+        began = time.perf_counter()
+        command = [sys.executable, __file__, *arguments, "--side", name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.step()
+        self.until_first = time.perf_counter() - began
+
+    def step(self) -> float:
+        """Seconds."""
+        return float(self._asked("step"))
+
+    def peak(self) -> int:
+        """Bytes: of the process on a CPU, of what torch holds on CUDA."""
+        return int(self._asked("peak"))
+
+    def _asked(self, what: str) -> str:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        while line := self.process.stdout.readline():
+            if line.startswith("> "):
+                return line[2:]
+        raise SystemExit(f"a side has ended with code {self.process.wait()}")
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def largest_resident() -> int:
+    """Bytes that this process has held. For Linux."""
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return next(int(row.split()[1]) * 1024 for row in rows if row.startswith("VmHWM"))
+
+
+def serve(options: argparse.Namespace) -> None:
+    """In the child: a step for each line."""
+    import torch
+
+    torch.set_num_threads(options.threads)
+    steps = SIDES[options.side](options, Path(options.folder))
+    for line in sys.stdin:
+        if line.strip() == "peak":
+            on_cpu = next(
+                int(row.split()[1]) * 1024 for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM")
+            )
+            print(">", torch.cuda.max_memory_allocated() if options.device == "cuda" else on_cpu, flush=True)
+        else:
+            began = time.perf_counter()
+            next(steps)
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            print(">", time.perf_counter() - began, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="'mini', or a model folder; unset: SD 1.5 is built for the occasion")
+    parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        serve(options)
+        return
+    from full_size import build_sd15
+    from memory import pictures
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "pictures").mkdir()
+        pictures(folder / "pictures", options.pixels)
+        model = options.model or str(build_sd15(folder))
+        shared = ["--folder", name, "--model", model]
+        for option in ("pixels", "batch", "precision", "device", "threads"):
+            shared += [f"--{option}", str(getattr(options, option))]
+        if "ours" in options.sides:
+            Side("ours", shared).end()  # fills the caches: the others have what they need on disk, too
+        sides = {side: Side(side, shared) for side in options.sides}
+        rounds = [{side: process.step() for side, process in sides.items()} for _ in range(options.rounds + WARMUP)][WARMUP:]
+        ours_peak = sides["ours"].peak() if "ours" in sides else 1
+        print("| side | s a step | ours / it | quartiles | peak, GiB | ours / it | until the first step, s | ours / it |")
+        print("|---|---|---|---|---|---|---|---|")
+        for side, process in sides.items():
+            seconds, peak = median(of[side] for of in rounds), process.peak()
+            ratios = [of["ours"] / of[side] for of in rounds] if "ours" in sides else [0.0, 0.0]
+            low, _, high = quantiles(ratios, n=4)
+            first = sides["ours"].until_first / process.until_first if "ours" in sides else 0
+            print(
+                f"| {side} | {seconds:.3f} | {median(ratios):.2f} | {low:.2f} to {high:.2f} | {peak / 2**30:.2f} | {ours_peak / peak:.2f} "
+                f"| {process.until_first:.1f} | {first:.2f} |",
+                flush=True,
+            )
+        for process in sides.values():
+            process.end()
+
+
+if __name__ == "__main__":
+    main()
