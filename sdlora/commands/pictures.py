@@ -73,7 +73,6 @@ def generate_command(parsed: argparse.Namespace) -> int:
         family, model = load(parsed, as_trained(files[0].metadata if files else {}))
         for prompt in prompts:
             preview.check_size(prompt, model.size_multiple)
-        parsed.out.mkdir(parents=True, exist_ok=True)
         number = 1 + max((int(p.stem[:5]) for p in parsed.out.glob("*.png") if p.stem[:5].isdigit()), default=-1)
         merged, file_of = formats.Merged(model.parts, restorable=is_grid), {file.path: file for file in files}
 
@@ -87,6 +86,7 @@ def generate_command(parsed: argparse.Namespace) -> int:
                 for strength in set(own.values()):
                     merged.merge({name: file.change(name) for name in file.layers if own[name] == strength}, strength)
             used = "".join(f" <lora:{of.path.stem}:{of.strength:g}>" for of in variant)
+            parsed.out.mkdir(parents=True, exist_ok=True)  # not for a file that cannot be read
             for prompt in prompts:
                 path = parsed.out / f"{number:05d}.png"
                 (picture,) = generate(family, model, [prompt])
