@@ -69,8 +69,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     check_step(config, model)
     noise_schedule_of(model, config)  # refuses here what does not fit the model
 
-    tiled = f"-tiles-{config.model.vae_tile}" if config.model.vae_tile else ""  # which change latents a little
-    of_pictures = run.cache / f"latents-{model.vae_fingerprint[:16]}{tiled}"
+    of_pictures = run.cache / f"latents-{model.vae_fingerprint[:16]}"
     latents, unseen = (Latents(TensorCache(of_pictures, config.model.base), model, shown) for shown in (items, held_out))
     of_prompts = TensorCache(run.cache / f"prompts-{model.text_fingerprint[:16]}", config.model.base)
 
