@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
         default="intruders",
         help="scale intruder dimensions, or take out what may be noise (Gavish & Donoho's hard threshold); default: intruders",
     )
-    add_base(command, required=False)
+    add_base(command)
     command.add_argument("--scale", type=float, default=0.5, metavar="FACTOR", help="of an intruder's singular value (default: 0.5)")
     add_limit(command)
     add_target(command)
@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
 
 
 def add_to_inspect(command: argparse.ArgumentParser) -> None:
-    add_base(command, required=False)
+    add_base(command)
     command.add_argument("--drift", action="store_true", help="show instead how far it moves text embeddings")
     command.add_argument("--leakage", action="store_true", help="show instead how far it changes predictions for prompts it is not for")
     command.add_argument(
@@ -67,11 +67,9 @@ def add_to_inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it, a row for each block")
 
 
-def add_base(command: argparse.ArgumentParser, required: bool) -> None:
+def add_base(command: argparse.ArgumentParser) -> None:
     """The options of whatever looks at intruder dimensions."""
-    command.add_argument(
-        "--base", required=required, metavar="MODEL", help="find what it does to this: a .safetensors checkpoint, a folder, or 'mini'"
-    )
+    command.add_argument("--base", metavar="MODEL", help="find what it does to this: a .safetensors checkpoint, a folder, or 'mini'")
     command.add_argument("--top", type=positive, default=10, metavar="K", help="largest singular vectors that are looked at (default: 10)")
     command.add_argument(
         "--threshold", type=share, default=0.5, metavar="COSINE", help="an intruder is less like any of the base's (default: 0.5)"

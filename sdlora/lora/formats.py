@@ -380,10 +380,13 @@ def modules_by_name(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     }
 
 
-@torch.no_grad()
 def merge(parts: Mapping[str, nn.Module], changes: Mapping[str, Change], strength: float = 1.0) -> None:
     """Apply a file's changes to the weights in place, as WebUIs do. Raises WeightsError when the model has no such layer."""
-    modules = modules_by_name(parts)
+    _add(modules_by_name(parts), changes, strength)
+
+
+@torch.no_grad()
+def _add(modules: Mapping[str, nn.Module], changes: Mapping[str, Change], strength: float) -> None:
     for name, change in changes.items():
         module = modules.get(name)
         if module is None:
@@ -402,14 +405,13 @@ class Merged:
     changes away would not give."""
 
     def __init__(self, parts: Mapping[str, nn.Module], *, restorable: bool) -> None:
-        self.parts = parts
-        self.modules = modules_by_name(parts) if restorable else {}
+        self.modules, self.restorable = modules_by_name(parts), restorable
         self.before: dict[str, dict[str, Tensor]] = {}
 
     def merge(self, changes: Mapping[str, Change], strength: float) -> None:
-        for name in changes.keys() & self.modules.keys() - self.before.keys():
+        for name in changes.keys() & self.modules.keys() - self.before.keys() if self.restorable else ():
             self.before[name] = {key: value.clone() for key, value in self.modules[name].state_dict().items()}
-        merge(self.parts, changes, strength)
+        _add(self.modules, changes, strength)
 
     def restore(self) -> None:
         for name, state in self.before.items():

@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sdlora.errors import ConfigError
 from sdlora.models.family import Model
+from sdlora.models.memory import process_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -72,7 +72,7 @@ def memory_used(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
-    return int(psutil.Process().memory_info().rss)
+    return process_bytes()
 
 
 @contextmanager
