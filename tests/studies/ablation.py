@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from statistics import mean
 
-from study import CONFIG, Figures, Study, export_of, intruders
+from study import CONFIG, Figures, Study, export_of, intruders, judged
 
 OFF = {"loss.prior": "0", "loss.embedding_norm": "0"}
 HIGH = {"optimizer.text_encoder_rate": "1.4e-3", **OFF}
@@ -48,10 +48,8 @@ def figures(folder: Path) -> Figures:
     drifts = [e.embedding_norm_drift for e in told if isinstance(e, events.Stepped)]
     turned = [e.pinned_drift for e in told if isinstance(e, events.Measured)]
     return {
-        "concept": found["concept"]["kind"],
-        "kept": found["base prompts"]["kind"],
+        **judged(found),
         "not pinned": found["not pinned"]["kind"],
-        "unasked": found["base prompts"]["concept unasked"],
         "drift": mean(drifts[-50:]),
         "turned": turned[-1],
         "intruders": intruders(export_of(folder)),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from study import Figures, Study, export_of, intruders
+from study import Figures, Study, export_of, intruders, judged
 
 USUAL = {
     "lora.alpha": "16",
@@ -52,16 +52,14 @@ def figures(folder: Path) -> Figures:
     file = export_of(folder)
     found = measure(Options(lora=file))
     result = {
-        "concept": found["concept"]["kind"],
-        "kept": found["base prompts"]["kind"],
-        "unasked": found["base prompts"]["concept unasked"],
+        **judged(found),
         "intruders": intruders(file),
         "intruders at 0.8": intruders(file, LOOSE),
         **leakages(file),
     }
     for name, scale in REPAIRS.items():
-        repaired = measure(Options(lora=repair(file, scale))) if result["intruders at 0.8"] else found
-        result |= {f"kept, {name}": repaired["base prompts"]["kind"], f"concept, {name}": repaired["concept"]["kind"]}
+        repaired = judged(measure(Options(lora=repair(file, scale))) if result["intruders at 0.8"] else found)
+        result |= {f"{of}, {name}": repaired[of] for of in ("kept", "concept")}
     return result
 
 

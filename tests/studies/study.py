@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "configs" / "mini.toml"
@@ -114,6 +115,12 @@ class Study:
 
 def export_of(folder: Path) -> Path:
     return folder / f"{folder.name}.safetensors"
+
+
+def judged(found: Mapping[str, Any]) -> Figures:
+    """What the oracle says of a LoRA, out of all that mini/measure.py found."""
+    drawn, known = found["concept"], found["base prompts"]
+    return {"concept": drawn["kind"], "kept": known["kind"], "unasked": known["concept unasked"]}
 
 
 def intruders(file: Path, threshold: float = 0.5) -> float:
