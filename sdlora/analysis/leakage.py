@@ -15,7 +15,7 @@ from math import fsum
 import torch
 from torch import Tensor
 
-from sdlora.models.family import Family, Model, PicturePrompt
+from sdlora.models.family import Family, Model, PicturePrompt, PromptEmbeds
 
 TIMESTEPS = (100, 300, 500, 700, 900)
 NOISES = 2  # a prompt and timestep
@@ -49,9 +49,10 @@ def answers(family: Family, model: Model, asked: Asked) -> Tensor:
     height, width = (side * model.latent_factor for side in shape[1:])
     for prompt, latents in zip(asked.prompts, asked.latents.to(model.device), strict=True):
         noisy = model.noise_schedule.add_noise(latents.expand_as(noises), noises, timesteps)
+        encoded = family.encode_prompts(model, [prompt])
         parts = []
         for part in torch.arange(len(timesteps)).split(AT_ONCE):
-            embeds = family.encode_prompts(model, [prompt] * len(part))
+            embeds = PromptEmbeds.of([of.expand(len(part), *of.shape[1:]) for of in encoded.tensors])
             time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=model.device).float().expand(len(part), -1)
             parts.append(family.predict(model, noisy[part], timesteps[part], embeds, time_ids).float().cpu())
         found.append(torch.cat(parts))
