@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sdlora.analysis import THRESHOLD, TOP
 from sdlora.analysis.blocks import figure_of
 from sdlora.analysis.spectrum import Directions, Spectra, directions
 from sdlora.errors import WeightsError
@@ -19,9 +20,6 @@ from sdlora.lora.change import Change
 from sdlora.lora.checkpoints import Checkpoint
 from sdlora.lora.formats import LoraFile
 from sdlora.lora.merge import require_fit
-
-TOP = 10  # of the adapted weight's left singular vectors are looked at, as in the paper's figures
-THRESHOLD = 0.5  # an intruder's |cosine| with every left singular vector of the base lies below this
 
 
 @dataclass(frozen=True)

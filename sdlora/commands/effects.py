@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdlora import config
 from sdlora import run as runs
+from sdlora.analysis import THRESHOLD, TOP
 from sdlora.commands import Commands
 from sdlora.commands.layers import add_limit, add_target, limit_of, limit_said, target_of, tell_total
 from sdlora.commands.layers import tell as tell_cuts
@@ -70,9 +71,15 @@ def add_to_inspect(command: argparse.ArgumentParser) -> None:
 def add_base(command: argparse.ArgumentParser) -> None:
     """The options of whatever looks at intruder dimensions."""
     command.add_argument("--base", metavar="MODEL", help="find what it does to this: a .safetensors checkpoint, a folder, or 'mini'")
-    command.add_argument("--top", type=positive, default=10, metavar="K", help="largest singular vectors that are looked at (default: 10)")
     command.add_argument(
-        "--threshold", type=share, default=0.5, metavar="COSINE", help="an intruder is less like any of the base's (default: 0.5)"
+        "--top", type=positive, default=TOP, metavar="K", help=f"largest singular vectors that are looked at (default: {TOP})"
+    )
+    command.add_argument(
+        "--threshold",
+        type=share,
+        default=THRESHOLD,
+        metavar="COSINE",
+        help=f"an intruder is less like any of the base's (default: {THRESHOLD})",
     )
     cache = config.OutputOptions().runs / runs.CACHE
     command.add_argument(
