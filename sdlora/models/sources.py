@@ -102,8 +102,8 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Components:
     if not index.is_file():
         raise WeightsError(f"model.base: {folder} is not a model folder in diffusers' layout: it has no model_index.json.")
     try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError):
+        name = _read_json(index)["_class_name"]
+    except KeyError:
         raise WeightsError(f"model.base: {index} does not say which pipeline the model is for; it is damaged.") from None
     if name not in PIPELINES:
         raise WeightsError(f"model.base: {folder} is for {name}; sdlora trains {', '.join(PIPELINES)}.")
