@@ -16,7 +16,7 @@ from sdlora.errors import TrainingError
 from sdlora.files import FULL
 from sdlora.lora.layers import Adapter
 from sdlora.models.family import Model
-from sdlora.optim import Average, Optimizer
+from sdlora.optim import OPTIMIZERS, Average, Optimizer
 from sdlora.processes import Processes
 from sdlora.run import Run
 
@@ -87,11 +87,12 @@ def last_good(run: Run) -> str:
 
 def check_disk(run: Run, layers: Mapping[str, Adapter], average: Average) -> None:
     """Raises TrainingError where the disk has no room for what a run holds on it at once: the checkpoints that stay and the one that
-    is being written, and a LoRA file beside its draft. Two moments are counted for each number that is learned, as Adam keeps."""
+    is being written, and a LoRA file beside its draft."""
     options = run.config.train
     learned = 4 * sum(layer.trained_numbers for layer in layers.values())  # bytes, fp32
     adapter = sum(tensor.nbytes for layer in layers.values() for tensor in layer.state().values())
-    one = adapter + 2 * learned + sum(value.nbytes for value in average.values)
+    moments = round(OPTIMIZERS[run.config.optimizer.algorithm].kept * learned)
+    one = adapter + moments + sum(value.nbytes for value in average.values)
     made = -(-options.steps // options.checkpoint_every) if options.checkpoint_every else 1
     count = min(options.keep_checkpoints + 1, made)
     there = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())

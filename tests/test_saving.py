@@ -1,16 +1,21 @@
 """A full disk is waited for and told of once; anything else that a disk refuses ends the run with a sentence."""
 
 import errno
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from sdlora import events, saving
+from sdlora import config, events, saving
 from sdlora.checkpoint import Checkpoint, save
 from sdlora.errors import TrainingError
-from sdlora.run import Run
-from sdlora.saving import reservations, when_there_is_room
+from sdlora.lora.inits import Start
+from sdlora.lora.layers import LoraLayer
+from sdlora.optim import Average
+from sdlora.run import Run, create
+from sdlora.saving import check_disk, reservations, when_there_is_room
 
 SAVED = events.Saved(4, "x")
 
@@ -58,3 +63,18 @@ def test_what_has_changed_is_named(tmp_path: Path) -> None:
     assert "step-00000006 (cut) is damaged" in damaged.message
     assert changed.message.endswith(": torch 1 -> 2, train.steps 6 -> 7.")
     assert not list(reservations(Checkpoint(4, {}, {"circumstances": {"torch": "1"}}), {"torch": "1"}))
+
+
+@pytest.mark.parametrize(("algorithm", "moments"), [("adamw", 8000), ("lion", 4000), ("prodigy", 16000), ("adafactor", 0)])
+def test_what_an_optimizer_keeps_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, moments: int) -> None:
+    """600 + 400 numbers of 4 bytes are learned, and alpha stands beside them: a checkpoint of these and the moments, and two LoRA files."""
+    of = create(config.load([], [("data.folder", str(tmp_path)), ("output.runs", str(tmp_path)), ("algorithm", algorithm), ("steps", "1")]))
+    start = Start(torch.zeros(1, 600), torch.zeros(400, 1))
+    layer = LoraLayer(torch.nn.Linear(600, 400), start, alpha=1.0, scale_of_one=1.0, learned_alpha=False)
+    needed = 4004 + moments + 2 * 4000 - (of.folder / "config.toml").stat().st_size
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    check_disk(of, {"unet.a": layer}, Average([], 0.0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(TrainingError, match="1 checkpoints of"):
+        check_disk(of, {"unet.a": layer}, Average([], 0.0))
