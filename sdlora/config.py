@@ -299,15 +299,27 @@ class LoraOptions(Section):
         None, description="An earlier LoRA file: each layer's alpha starts from what that run learned, matched by name."
     )
     init: Literal[
-        "kaiming", "gaussian", "orthonormal", "orthogonal", "down_zero", "pissa", "milora", "olora", "svd_energy", "gradient", "activation"
+        "kaiming",
+        "gaussian",
+        "orthonormal",
+        "orthogonal",
+        "down_zero",
+        "pissa",
+        "milora",
+        "olora",
+        "svd_energy",
+        "gradient",
+        "activation",
+        "contrast",
     ] = Field(
         "kaiming",
         description="Start of the matrices. Random down and zero up: 'kaiming', 'gaussian'; random up and zero down: 'down_zero'; "
         "down frozen at singular values 1: 'orthonormal'; both random, their product zero: 'orthogonal'; from the base weight's largest "
         "or smallest singular vectors, 'pissa' and 'milora', or those that hold half its energy, 'svd_energy', or from its QR "
-        "decomposition, 'olora'; from the loss gradient (LoRA-GA) or the layers' inputs (EVA) in a few batches: 'gradient', 'activation'.",
+        "decomposition, 'olora'; from the loss gradient (LoRA-GA) or the layers' inputs (EVA) in a few batches: 'gradient', 'activation'; "
+        "down frozen where your captions differ most from loss.pinned_prompts, so that these are touched little: 'contrast'.",
     )
-    calibration_batches: int = Field(8, ge=1, le=1000, description="Batches that the inits 'gradient' and 'activation' look at.")
+    calibration_batches: int = Field(8, ge=1, le=1000, description="Batches that 'gradient', 'activation', 'contrast' look at.")
     unet: tuple[TargetGroup, ...] = Field(
         ("attention+ff",),
         description="UNet layers that are adapted; empty for none. Groups: attention, feed_forward, projection, resnet, resample, time, "
@@ -341,7 +353,7 @@ class LoraOptions(Section):
                 if getattr(self, key) != fields[key].get_default(call_default_factory=True):
                     raise ValueError(f"lora.{key} is for low-rank matrices, which lora.kind = '{self.kind}' lacks: leave it out")
         starts_from_weight = self.init in ("pissa", "milora", "olora", "svd_energy", "gradient")
-        if self.merge_every and (self.kind != "lora" or starts_from_weight or self.init == "activation"):
+        if self.merge_every and (self.kind != "lora" or starts_from_weight or self.init in ("activation", "contrast")):
             raise ValueError("lora.merge_every needs lora.kind = 'lora' and an init that neither takes from the weight nor is calibrated")
         if self.alpha_floor is not None and not self.learned_alpha:
             raise ValueError("lora.alpha_floor is for learned alphas: leave it out, or set lora.learned_alpha = true")

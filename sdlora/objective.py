@@ -106,8 +106,7 @@ class Objective:
             prompts = self._pinned(batch, "prior", loss.prior_samples)
             with torch.set_grad_enabled(not text_rests):
                 embeds = self.family.encode_prompts(self.model, prompts) if self.trains_text else self.of_base(prompts)
-            shown = [indices[k % len(indices)] for k in range(len(prompts))]
-            terms.append(loss.prior * self._prior(shown, embeds, self.of_base(prompts), batch))
+            terms.append(loss.prior * self._prior(embeds, self.of_base(prompts), batch))
         total = denoising
         for term in terms:
             total = total + term
@@ -174,24 +173,35 @@ class Objective:
         """(B, 6), see Item.time_ids."""
         return torch.tensor([self.items[index].time_ids for index in indices], dtype=torch.float32, device=self.model.device)
 
-    def _prior(self, indices: Sequence[int], embeds: PromptEmbeds, base_embeds: PromptEmbeds, batch: int) -> Tensor:
+    @torch.no_grad()
+    def ask_what_is_pinned(self, batch: int) -> None:
+        """Let the model, as it is, predict for pinned prompts what the prior would ask with as many samples as the batch has."""
+        prompts = self._pinned(batch, "prior", len(self.plan.batch(batch)))
+        noisy, timesteps, time_ids = self._prior_asked(batch, len(prompts))
+        self.family.predict(self.model, noisy, timesteps, self.family.encode_prompts(self.model, prompts), time_ids)
+
+    def _prior(self, embeds: PromptEmbeds, base_embeds: PromptEmbeds, batch: int) -> Tensor:
         """The base-model prior: what the model without adapters predicts for a prompt is the target of the model with them.
 
         As prior preservation (DreamBooth, Ruiz et al. 2023), with the base model's prediction in the place of pictures that it drew, so
-        that nothing has to be drawn, or kept on disk. Noise is put on the latents of the training pictures `indices`.
+        that nothing has to be drawn, or kept on disk.
         """
-        count, device = len(indices), self.model.device
+        noisy, timesteps, time_ids = self._prior_asked(batch, len(embeds.states[0]))
+        with torch.no_grad(), disabled(self.layers.values()):
+            wanted = self.family.predict(self.model, noisy, timesteps, base_embeds, time_ids)
+        weight, width = weight_and_width(self.schedule, timesteps, self.config.loss)
+        return denoising_loss(self.family.predict(self.model, noisy, timesteps, embeds, time_ids), wanted, weight, width)
+
+    def _prior_asked(self, batch: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents of the batch's pictures (count, C, h, w), in turn, their timesteps and time ids."""
+        shown, device = self.plan.batch(batch), self.model.device
+        indices = [shown[k % len(shown)] for k in range(count)]
         noise_seeds, timestep_seeds = (
             [sample_seed(self.config.train.seed, batch, k, purpose) for k in range(count)] for purpose in ("prior noise", "prior timestep")
         )
         timesteps = stratified(timestep_seeds, 0, count, self.distribution).to(device)
         clean, _, seen_noise = latents_and_noise([self.latents[index] for index in indices], noise_seeds, self.config.loss)
-        time_ids = self._time_ids(indices)
-        noisy = self.schedule.add_noise(clean.to(device), seen_noise.to(device), timesteps)
-        with torch.no_grad(), disabled(self.layers.values()):
-            wanted = self.family.predict(self.model, noisy, timesteps, base_embeds, time_ids)
-        weight, width = weight_and_width(self.schedule, timesteps, self.config.loss)
-        return denoising_loss(self.family.predict(self.model, noisy, timesteps, embeds, time_ids), wanted, weight, width)
+        return self.schedule.add_noise(clean.to(device), seen_noise.to(device), timesteps), timesteps, self._time_ids(indices)
 
     def shown(self, step: int) -> list[int]:
         """Items of a step, over all its batches."""

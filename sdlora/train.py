@@ -82,6 +82,9 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
         losses = [partial(base.denoising, *divmod(number, config.train.accumulation), through_text=True) for number in numbers]
         if config.lora.init == "gradient":
             return calibrate.gradients(modules, losses)
+        if config.lora.init == "contrast":
+            held = [partial(base.ask_what_is_pinned, number) for number in numbers]
+            return calibrate.contrasts(modules, losses, held, rank, config.train.seed)
         return calibrate.activations(modules, losses, rank, config.train.seed)
 
     adapted = adapt(model, config, statistics)

@@ -6,6 +6,7 @@ EVERY_KIND: dict[str, dict[str, Any]] = {
     "lora": {"lora.unet": '["everything"]'},
     "lora gradient": {"init": "gradient", "calibration_batches": 2},
     "lora activation": {"init": "activation", "calibration_batches": 2},
+    "lora contrast": {"init": "contrast", "calibration_batches": 2},
     "dora": {"lora.kind": "dora", "lora.unet": '["all-linear+conv"]'},
     "dora pissa": {"lora.kind": "dora", "init": "pissa"},
     "mora": {"lora.kind": "mora", "lora.unet": '["attention+ff", "resnet"]'},

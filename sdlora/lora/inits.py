@@ -135,6 +135,17 @@ def activation(weight: Tensor, statistic: Tensor, rank: int, scale: float, gener
     return _beside_kaiming(weight, rank, scale, generator, statistic[:rank], weight.new_zeros(weight.shape[0], 0))
 
 
+def contrast(weight: Tensor, statistic: Tensor, rank: int, scale: float, generator: torch.Generator) -> Start:
+    """Down frozen at `statistic` (K, I), the directions that training captions use most for what pinned prompts use of them; up zero and
+    alone trained. So prompts like the pinned ones hardly reach up, whatever it learns. Ranks beyond K start as `kaiming` does.
+
+    LoRA-Null (Tang et al. 2025, arXiv 2503.02659) freezes down in the null space of the inputs that must not change, and InfLoRA (Liang
+    and Li 2024, arXiv 2404.00228) where also the new task has inputs; few inputs of a UNet have a null space, so it is a ratio here.
+    """
+    start = _beside_kaiming(weight, rank, scale, generator, statistic[:rank], weight.new_zeros(weight.shape[0], 0))
+    return replace(start, train_down=False)
+
+
 def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u (O, K), s (K), vh (K, I) of a matrix (O, I), largest first, in double precision, without those below NOISE.
 
@@ -177,4 +188,5 @@ INITS: dict[str, Callable[[Tensor, int, float, torch.Generator], Start]] = {
 CALIBRATED: dict[str, Callable[[Tensor, Tensor, int, float, torch.Generator], Start]] = {
     "gradient": gradient,
     "activation": activation,
+    "contrast": contrast,
 }

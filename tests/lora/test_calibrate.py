@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sdlora.errors import TrainingError
 from sdlora.lora import calibrate
-from sdlora.lora.calibrate import activations, gradients, sample_inputs
+from sdlora.lora.calibrate import activations, contrasts, gradients, sample_inputs
 
 
 class Model(nn.Module):
@@ -46,6 +46,13 @@ def assert_untouched(model: Model) -> None:
     for module in (model.conv, model.linear, model.idle):
         assert not module.weight.requires_grad and module.weight.grad is None
         assert not module._forward_pre_hooks and not module.weight._post_accumulate_grad_hooks
+
+
+COLLECTORS = [
+    gradients,
+    lambda modules, batches: activations(modules, batches, 2, 0),
+    lambda modules, batches: contrasts(modules, batches, batches, 2, 0),
+]
 
 
 def test_gradients_are_the_mean_of_those_of_autograd() -> None:
@@ -104,7 +111,7 @@ def test_gradients_under_autocast_are_near_those_in_fp32() -> None:
         assert torch.cosine_similarity(found[name].flatten(), exact[name].flatten(), dim=0) > 0.999
 
 
-@pytest.mark.parametrize("collect", [gradients, lambda modules, batches: activations(modules, batches, 2, 0)])
+@pytest.mark.parametrize("collect", COLLECTORS)
 def test_a_failing_batch_leaves_nothing_behind(collect: Callable[..., object]) -> None:
     model = Model()
 
@@ -128,7 +135,7 @@ def test_a_gradient_that_cannot_be_moved_is_not_left_behind(monkeypatch: pytest.
     assert_untouched(model)
 
 
-@pytest.mark.parametrize("collect", [gradients, lambda modules, batches: activations(modules, batches, 2, 0)])
+@pytest.mark.parametrize("collect", COLLECTORS)
 def test_a_layer_without_a_statistic_is_an_error(collect: Callable[..., object]) -> None:
     model = Model()
     with pytest.raises(TrainingError, match="idle is zero in all"):
@@ -223,10 +230,10 @@ def test_activations_span_what_eva_of_peft_spans() -> None:
 def test_patches_are_what_the_convolution_multiplies_by_its_weight(options: dict[str, int]) -> None:
     conv = nn.Conv2d(3, 4, bias=False, **options)
     x = torch.randn(2, 3, 8, 11)
-    rows = sample_inputs(conv, x, torch.Generator().manual_seed(0))
+    rows = sample_inputs(conv, x, 256, torch.Generator().manual_seed(0))
     outputs = conv(x).movedim(1, -1).reshape(-1, 4)
     products = rows @ conv.weight.flatten(1).T
-    assert len(rows) == len(outputs)  # fewer than ROWS: each once, in some order
+    assert len(rows) == len(outputs)  # fewer than asked for: each once, in some order
     nearest = torch.cdist(products, outputs).min(dim=1)
     assert nearest.values.max() < 1e-3 and len(set(nearest.indices.tolist())) == len(outputs)
 
@@ -236,7 +243,7 @@ def test_the_sample_is_bounded_and_a_function_of_seed_layer_and_call(monkeypatch
     conv, linear = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(6, 4)
     x, y = torch.randn(2, 3, 8, 8), torch.randn(4, 9, 6)
     for module, inputs, width in ((conv, x, 27), (linear, y, 6)):
-        one, same, other = (sample_inputs(module, inputs, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+        one, same, other = (sample_inputs(module, inputs, 5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
         assert one.shape == (5, width) and torch.equal(one, same) and not torch.equal(one, other)
 
     model = Model()
@@ -256,3 +263,46 @@ def test_each_call_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(6, 2).requires_grad_(False)
     found = activations({"layer": layer}, [lambda: layer(torch.eye(6))] * 10, 6, 0)
     assert len(found["layer"]) > 2
+
+
+def moment(rows: Tensor) -> Tensor:
+    return rows.double().T @ rows.double() / len(rows)
+
+
+def test_contrast_by_hand() -> None:
+    """Wanted inputs lie along two axes, 3 and 1 long; the others only along the first: so the second axis comes first, and the one that
+    none of them uses is not taken. The mean square of a wanted vector is 5, and a row by kaiming's would see a ninth of it."""
+    wanted, others = torch.tensor([[3.0, 0, 0], [0, 1, 0]]), torch.tensor([[2.0, 0, 0]])
+    rows = calibrate.contrast(wanted, others, 2)
+    size = (5 / 9) ** 0.5
+    torch.testing.assert_close(rows.abs(), torch.tensor([[0, size / 0.5**0.5, 0], [size / 4.5**0.5, 0, 0]]), atol=1e-5, rtol=0)
+
+
+def test_contrast_is_the_generalised_eigenproblem_and_as_loud_as_kaiming() -> None:
+    generator = torch.Generator().manual_seed(8)
+    wanted, others = (torch.randn(50, 9, generator=generator) @ torch.randn(9, 9, generator=generator) for _ in range(2))
+    rows = calibrate.contrast(wanted, others, 9).double()
+    held = moment(others) + calibrate.RIDGE * moment(others).trace() / 9 * torch.eye(9)
+    gains = torch.linalg.eigvals(torch.linalg.solve(held, moment(wanted))).real.sort(descending=True).values
+    of_rows = (rows @ moment(wanted) * rows).sum(dim=1) / (rows @ held * rows).sum(dim=1)
+    torch.testing.assert_close(of_rows, gains, rtol=1e-4, atol=0)
+    torch.testing.assert_close((rows @ moment(wanted) * rows).sum(dim=1), (moment(wanted).trace() / 27).expand(9), rtol=1e-4, atol=0)
+
+
+def test_contrasts_find_the_direction_that_only_the_batches_use() -> None:
+    model = Model()
+    torch.manual_seed(3)
+    other = [torch.randn(2, 3, 9, 7) for _ in range(3)]
+    mine = [x + torch.tensor([5.0, 0, 0])[:, None, None] for x in other]
+    found = contrasts(model.called, [lambda x=x: model(x) for x in mine], [lambda x=x: model(x) for x in other], 4, 0)
+    assert_untouched(model)
+    assert found["conv"].shape == (4, 27) and found["linear"].shape == (4, 8)
+
+    def share(rows: Tensor) -> float:
+        """Of what the batches' inputs say to the rows, how much the others' say."""
+        of_other, of_mine = (
+            (F.unfold(torch.cat(x), 3, padding=1, stride=2).mT.reshape(-1, 27) @ rows.T).square().mean() for x in (other, mine)
+        )
+        return float(of_other / of_mine)
+
+    assert share(found["conv"][:1]) < 0.05 < share(torch.randn(64, 27))
