@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -378,7 +379,9 @@ EXACT = {"format": "exact"}
 NORMS = EXACT | {"norms": "true", "biases": "true"}
 
 
-def prediction_of(tiny: Path, layers_of: run.Run | None = None, file: Path | None = None) -> torch.Tensor:
+def prediction_of(
+    tiny: Path, layers_of: run.Run | None = None, file: Path | None = None, prompts: Sequence[str] = ("a cat", "dog")
+) -> torch.Tensor:
     """Noise prediction of the tiny model with a run's newest adapter, or with a file merged into its weights."""
     family, model = families.load(str(tiny), torch.float32, torch.device("cpu"))
     if layers_of is not None:
@@ -395,7 +398,7 @@ def prediction_of(tiny: Path, layers_of: run.Run | None = None, file: Path | Non
         formats.merge(model.parts, formats.load(file)[0])
     noisy, timesteps = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 700])
     with torch.no_grad():
-        return family.predict(model, noisy, timesteps, family.encode_prompts(model, ["a cat", "dog"]), SIZES.expand(2, -1))
+        return family.predict(model, noisy, timesteps, family.encode_prompts(model, prompts), SIZES.expand(2, -1))
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
@@ -477,6 +480,21 @@ def test_a_short_batch_sees_all_timesteps(make: Any) -> None:
 def blank_latents(items: Any) -> list[Posterior]:
     shapes = [(4, item.placed.bucket[1] // 2, item.placed.bucket[0] // 2) for item in items]
     return [Posterior(torch.zeros(shape), torch.ones(shape), None) for shape in shapes]
+
+
+def test_a_contrasting_start_spares_what_is_pinned(make: Any, tiny: Path) -> None:
+    """Of the change that captions get, pinned prompts get less where down was frozen by contrast than where it is random."""
+    pinned, captions = ["a dog", "a house in snow"], ["a cat, a, big", "a cat, d, big"]
+
+    def touched(init: str) -> float:
+        of = make(init=init, pinned_prompts='["a dog", "a house in snow"]', steps=12)
+        list(train(of))
+        return float(change(of, pinned) / change(of, captions))
+
+    def change(of: run.Run, prompts: list[str]) -> torch.Tensor:
+        return (prediction_of(tiny, file=of.export, prompts=prompts) - prediction_of(tiny, prompts=prompts)).norm()
+
+    assert touched("contrast") < 0.8 * touched("orthonormal")
 
 
 def test_a_checkpoint_of_another_kind_or_rank_is_refused(make: Any) -> None:
