@@ -11,7 +11,7 @@ from pathlib import Path
 from sdlora import config as configs
 from sdlora import events
 from sdlora import run as runs
-from sdlora.config import Config
+from sdlora.config import LARGEST, Config
 from sdlora.errors import ConfigError
 from sdlora.run import Run
 
@@ -84,9 +84,13 @@ def figures(run: Run) -> dict[str, float]:
     steps = events.steps_of(told)
     for step in steps:
         loss = events.smoothed(loss, step.loss)
-    unseen = [event.loss for event in told if isinstance(event, events.Validated) and event.step]
-    found = {"loss": loss, "norm drift": steps[-1].embedding_norm_drift if steps else None, "held out": min(unseen, default=None)}
+    found = {"loss": loss, "norm drift": steps[-1].embedding_norm_drift if steps else None, "held out": held_out(told)}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def held_out(told: Iterable[events.Event], until: int = LARGEST) -> float | None:
+    """The lowest loss on held-out pictures up to a step, but for that of the base model."""
+    return min((event.loss for event in told if isinstance(event, events.Validated) and 0 < event.step <= until), default=None)
 
 
 def table(rows: Sequence[Row], found: Mapping[str, Mapping[str, float]]) -> str:
@@ -96,9 +100,13 @@ def table(rows: Sequence[Row], found: Mapping[str, Mapping[str, float]]) -> str:
     lines = [f"| {' | '.join((*options, *names))} |", "|" + "---|" * (len(options) + len(names))]
     for row in rows:
         own = found.get(row.label, {})
-        cells = [*row.values.values(), *(f"{own[name]:.4g}" if name in own else "" for name in names)]
+        cells = [*row.values.values(), *(cell(own[name]) if name in own else "" for name in names)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def cell(figure: float) -> str:
+    return str(figure) if isinstance(figure, int) else f"{figure:.4g}"
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -108,3 +116,53 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
         return any(other != one and other[0] >= one[0] and other[1] >= one[1] for other in others)
 
     return sorted((name for name, point in points.items() if not beaten(point, points.values())), key=lambda name: points[name])
+
+
+# ---------------------------------------------------------------- successive halving (Jamieson & Talwalkar 2016)
+
+
+def halvings(share: float) -> list[float]:
+    """Shares of the steps after each of which half of the rows go: this one, and its doublings below all of them."""
+    found = [share]
+    while 2 * found[-1] < 1:
+        found.append(2 * found[-1])
+    return found
+
+
+def step_at(config: Config, share: float) -> int:
+    return max(1, round(share * config.train.steps))
+
+
+def came_to(run: Run, step: int) -> int | None:
+    """Where the run stopped or ended when it had taken so many steps; None where it has not come so far."""
+    ends = [event.step for event in events.read(run.events) if isinstance(event, events.Stopped | events.Finished)]
+    return min((end for end in ends if end >= step), default=None)
+
+
+def better_half(scores: Mapping[str, float]) -> list[str]:
+    """The names with the largest scores, one more of an odd number; of equal ones those that stand first."""
+    return sorted(scores, key=lambda name: -scores[name])[: (len(scores) + 1) // 2]
+
+
+def yardstick(config: Config) -> object:
+    """What the loss on held-out pictures depends on beside the LoRA: where this differs, losses cannot be compared."""
+    apart = ("prior", "embedding_norm", "pinned", "regularisation")  # terms that are no part of it
+    loss = {key: value for key, value in config.loss if not key.startswith(apart)}
+    train = config.train
+    return config.model, config.data, loss, train.seed, train.batch_size, train.accumulation, train.precision
+
+
+def require_judge(configs: Sequence[Config], share: float) -> None:
+    """Raises ConfigError where nothing could say, from this share of the steps on, which rows are the better ones."""
+    if not any(config.data.holdout for config in configs):
+        if any(config.model.base != "mini" for config in configs):
+            raise ConfigError("--halve judges rows by the loss on pictures that are held out: hold some out, as with --data.holdout 3.")
+        return
+    if any(yardstick(config) != yardstick(configs[0]) for config in configs):
+        raise ConfigError(
+            "--halve compares losses on held-out pictures, and rows differ in what these depend on: vary [lora], [optimizer], loss.prior, "
+            "loss.embedding_norm and the like alone."
+        )
+    for config in configs:
+        if config.train.validate_every > (step := step_at(config, share)):
+            raise ConfigError(f"--halve {share:g} first compares rows after step {step}: set train.validate_every to {step} or less.")

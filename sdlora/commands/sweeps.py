@@ -9,15 +9,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sdlora import grid
+from sdlora import events, grid
 from sdlora.commands import OPTION_HELP, Commands
-from sdlora.commands.terminal import quiet_libraries, say, shown
+from sdlora.commands.terminal import quiet_libraries, say, share, shown
 from sdlora.commands.training import follow_training
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.files import write_durably
 from sdlora.run import Run
-
-MEASURED = "measured.json"  # in a run's folder
 
 
 def add(commands: Commands) -> None:
@@ -25,7 +23,9 @@ def add(commands: Commands) -> None:
         "sweep",
         help="train a grid of options, and compare",
         description="Train every combination of --set lora.rank=4,16,64 --set loss.embedding_norm=0,0.1 one after the other, each in a run "
-        "folder of its own. Stopped or killed, the same command goes on. " + OPTION_HELP,
+        "folder of its own. Stopped or killed, the same command goes on. With --halve 0.25 all train for a quarter of their steps, then "
+        "the worse half is dropped, and again at a half: by the loss on held-out pictures, or on the embedded model by fish drawn right "
+        "times known things kept. " + OPTION_HELP,
         allow_abbrev=False,
     )
     command.add_argument("config", nargs="*", type=Path, help="TOML files, later ones over earlier ones")
@@ -36,25 +36,20 @@ def sweep_command(parsed: argparse.Namespace) -> int:
     chosen = [grid.split(value) for name, value in parsed.flags if name == "set"]
     if not chosen:
         raise ConfigError("--set: say which options vary, as --set lora.rank=4,16,64.")
-    rows = grid.rows_of(parsed.config, [flag for flag in parsed.flags if flag[0] != "set"], chosen)
+    halvings = halvings_of([value for name, value in parsed.flags if name == "halve"])
+    rows = grid.rows_of(parsed.config, [flag for flag in parsed.flags if flag[0] not in ("set", "halve")], chosen)
+    if halvings:
+        grid.require_judge([row.config for row in rows], halvings[0])
     folder, made = rows[0].folder.parent, {row.label: row.run() for row in rows}
     quiet_libraries()
-    failed: dict[str, str] = {}
-    for number, (label, run) in enumerate(made.items()):
-        if not run.export.exists():
-            say(f"Row {number + 1} of {len(rows)}: {label}")
-            try:
-                follow_training(run)
-            except TrainingError as error:  # as of a rate that is too high: of this row, and a result
-                failed[label] = str(error)
-                say(f"Row {number + 1} failed: {error}")
-                continue
-            if not run.export.exists():
-                say("Stopped. The same command goes on.")
-                return 0
-    finished = {label: run for label, run in made.items() if label not in failed}
-    found = {label: grid.figures(run) | measured(run) for label, run in finished.items()}
-    text = grid.table(rows, found)
+    trained = train_all(made, halvings)
+    if trained is None:
+        say("Stopped. The same command goes on.")
+        return 0
+    finished, dropped = trained
+    found = {label: grid.figures(run) | measured(run, run.export) for label, run in finished.items()}
+    compared = found | {label: grid.figures(made[label]) | {"dropped at step": step} for label, step in dropped.items()}
+    text = grid.table(rows, compared)
     write_durably(folder / "table.md", text.encode())
     for line in text.splitlines():
         say(line)
@@ -64,13 +59,73 @@ def sweep_command(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def measured(run: Run) -> dict[str, float]:
-    """What the oracle says, where it can: of the embedded model, and of the concept that it knows. Once for a run."""
-    path = run.folder / MEASURED
+def train_all(made: Mapping[str, Run], halvings: Sequence[float]) -> tuple[dict[str, Run], dict[str, int]] | None:
+    """The rows that came to their end, and the step after which each of the others was dropped, as half of the rows are after each share
+    of the steps in `halvings`; a row whose training fails is neither. None where the user stopped it."""
+    going, dropped, numbers = dict(made), dict[str, int](), {label: number for number, label in enumerate(made, 1)}
+    for part in (*halvings, 1.0):
+        for label, run in list(going.items()):
+            step = grid.step_at(run.config, part)
+            if has_come(run, step):
+                continue
+            say(f"Row {numbers[label]} of {len(made)}: {label}{f', to step {step}' if part < 1 else ''}")
+            try:
+                follow_training(run, pause=step if part < 1 else None)
+            except TrainingError as error:  # as of a rate that is too high: of this row, and a result
+                del going[label]
+                say(f"Row {numbers[label]} failed: {error}")
+                continue
+            if not has_come(run, step):
+                return None
+        if part < 1:
+            for label, step in worse_half(going, part).items():
+                del going[label]
+                dropped[label] = step
+                say(f"Dropped after step {step}: {label}")
+    return going, dropped
+
+
+def has_come(run: Run, step: int) -> bool:
+    """So far, and what was learned until then is written."""
+    return run.export.exists() or (step < run.config.train.steps and grid.came_to(run, step) is not None)
+
+
+def halvings_of(values: Sequence[str]) -> list[float]:
+    """Of --halve, where it is given: shares of the steps."""
+    try:
+        return grid.halvings(share(values[-1])) if values else []
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--halve: {error}: it is the share of the steps after which the worse half is dropped first.") from None
+
+
+def worse_half(going: Mapping[str, Run], part: float) -> dict[str, int]:
+    """The rows that go after this share of their steps, and the step of each."""
+    if len(going) < 2:
+        return {}
+    steps = {label: grid.step_at(run.config, part) for label, run in going.items()}
+    kept = grid.better_half({label: score(run, steps[label]) for label, run in going.items()})
+    return {label: step for label, step in steps.items() if label not in kept}
+
+
+def score(run: Run, step: int) -> float:
+    """How good a row is that has come to this step; more is better."""
+    if run.config.data.holdout:
+        loss = grid.held_out(events.read(run.events), step)
+        assert loss is not None  # as `require_judge` saw to
+        return -loss
+    stopped = grid.came_to(run, step)
+    assert stopped is not None
+    found = measured(run, run.export if stopped == run.config.train.steps else run.export_of(stopped))
+    return found["concept"] * found["kept"]
+
+
+def measured(run: Run, file: Path) -> dict[str, float]:
+    """What the oracle says of a run's LoRA file, where it can: of the embedded model, and of the concept that it knows. Once for a file."""
+    path = file.with_suffix(".json")
     if run.config.model.base != "mini":
         return {}
     if not path.exists():
-        program = [sys.executable, "-m", "sdlora.mini.measure", "--lora", str(run.export), "--json", str(path)]
+        program = [sys.executable, "-m", "sdlora.mini.measure", "--lora", str(file), "--json", str(path)]
         subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
     found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
     return {"concept": found["concept"]["kind"], "kept": found["base prompts"]["kind"]} if "concept" in found else {}

@@ -71,7 +71,8 @@ def with_others(find: Callable[[], runs.Run]) -> int:
     return 0
 
 
-def follow_training(run: runs.Run, processes: Processes | None = None) -> int:
+def follow_training(run: runs.Run, processes: Processes | None = None, pause: int | None = None) -> int:
+    """`pause`: the run stops after this many steps, as if it had been asked to."""
     with run.locked():
         run.claim(os.getpid())
         run.forget_requests()  # of the last time
@@ -83,9 +84,20 @@ def follow_training(run: runs.Run, processes: Processes | None = None) -> int:
             from sdlora.processes import ALONE
             from sdlora.train import train
 
-            for line in render(events.record(train(run, processes or ALONE), run.events), run):
+            stream = train(run, processes or ALONE)
+            if pause is not None:
+                stream = paused(stream, run, pause)
+            for line in render(events.record(stream, run.events), run):
                 say(line)
     return 0
+
+
+def paused(stream: Iterator[events.Event], run: runs.Run, step: int) -> Iterator[events.Event]:
+    """The stream of a run that is asked to stop when it has taken so many steps."""
+    for event in stream:
+        if isinstance(event, events.Stepped) and event.step >= step:
+            run.ask_to_stop()
+        yield event
 
 
 def queue_command(parsed: argparse.Namespace) -> int:
