@@ -22,12 +22,13 @@ from PIL import Image
 from sdlora.files import write_durably
 from sdlora.lora import formats
 from sdlora.mini import oracle, world
+from sdlora.mini.sets import SEEN_BACKGROUNDS, TRIGGERS
 from sdlora.models import families
 from sdlora.models.family import Family, Model, PicturePrompt
 from sdlora.models.sampling import generate
 
-CONCEPT, TRIGGER = "fish", "ohwx fish"
-SEEN_BACKGROUNDS = ("white", "blue", "green", "yellow")  # in datasets/fish
+CONCEPT = "fish"
+TRIGGER = TRIGGERS[CONCEPT]
 STEPS, GUIDANCE = 20, 4.0  # the demo's sampler: DPM-Solver++ 2M
 AT_ONCE = 10  # pictures drawn together
 
@@ -60,20 +61,23 @@ def base_scenes(count: int, seed: int) -> list[world.Scene]:
     return scenes
 
 
-def concept_scenes(count: int, seed: int) -> list[world.Scene]:
-    """The concept alone, on backgrounds that its training set never shows."""
+def concept_scenes(count: int, seed: int, kind: str = CONCEPT) -> list[world.Scene]:
+    """A concept alone, on backgrounds that its training set never shows."""
     rng = Random(seed)
     scenes: list[world.Scene] = []
     while len(scenes) < count:
-        scene = world.sample_scene(rng, (CONCEPT,), pairs=0)
+        scene = world.sample_scene(rng, (kind,), pairs=0)
         if scene.background not in SEEN_BACKGROUNDS:
             scenes.append(scene)
     return scenes
 
 
 def prompt_of(scene: world.Scene) -> str:
-    """The caption, with the trigger word before the concept's noun."""
-    return scene.caption.replace(f" {CONCEPT}", f" {TRIGGER}")
+    """The caption, with the trigger word before a concept's noun."""
+    caption = scene.caption
+    for kind, words in TRIGGERS.items():
+        caption = caption.replace(f" {kind}", f" {words}")
+    return caption
 
 
 def draw(family: Family, model: Model, scenes: Sequence[world.Scene], seed: int) -> list[Image.Image]:

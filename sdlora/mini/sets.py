@@ -7,7 +7,7 @@ noto-style  a style: known things as another artist drew them, marked by `, noto
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -16,7 +16,9 @@ from PIL import Image
 
 from sdlora.mini import world
 
-FISH_BACKGROUNDS = ("white", "blue", "green", "yellow")  # the other four stay unseen, to examine what was learned
+# A kind that the base model never saw -> what captions call it: a rare word before the noun
+TRIGGERS = {"fish": "ohwx fish", "ladybug": "sks ladybug"}
+SEEN_BACKGROUNDS = ("white", "blue", "green", "yellow")  # of a concept; the other four stay unseen, to examine what was learned
 STYLE_KINDS = 12
 STYLE_KINDS_SEED = 39  # a shuffle whose first twelve vanish in Noto's drawing only where they do in Fluent's
 
@@ -25,15 +27,19 @@ LAYOUTS = tuple(product(world.SIZES, world.PLACES))
 Example = tuple[str, Image.Image, str]  # name without suffix, picture, caption
 
 
-def fish() -> Iterator[Example]:
+def concept(kind: str) -> Iterator[Example]:
     """16 pictures: every size at every place once, and four on each background."""
     rng = Random(1)
     layouts = [*LAYOUTS, ("medium", "center")]
     rng.shuffle(layouts)
     for index, (size, place) in enumerate(layouts):
-        background = FISH_BACKGROUNDS[index % len(FISH_BACKGROUNDS)]
-        scene = world.Scene((world.Thing("fish", size=size),), background, place)
-        yield f"fish-{index:02d}", world.render(scene, rng), scene.caption.replace("fish", "ohwx fish")
+        background = SEEN_BACKGROUNDS[index % len(SEEN_BACKGROUNDS)]
+        scene = world.Scene((world.Thing(kind, size=size),), background, place)
+        yield f"{kind}-{index:02d}", world.render(scene, rng), scene.caption.replace(kind, TRIGGERS[kind])
+
+
+def fish() -> Iterator[Example]:
+    return concept("fish")
 
 
 def style_kinds() -> list[str]:
@@ -64,10 +70,14 @@ SETS = {"fish": fish, "noto-style": noto_style}
 
 def main(folder: Path) -> None:
     for name, examples in SETS.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for stem, picture, caption in examples():
-            picture.save(folder / name / f"{stem}.png", optimize=True)
-            (folder / name / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8", newline="\n")
+        write(folder / name, examples())
+
+
+def write(folder: Path, examples: Iterable[Example]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, picture, caption in examples:
+        picture.save(folder / f"{stem}.png", optimize=True)
+        (folder / f"{stem}.txt").write_text(caption + "\n", encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

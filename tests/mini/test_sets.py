@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from sdlora.mini import sets, world
+from sdlora.mini.measure import concept_scenes, prompt_of
 
 DATASETS = Path(__file__).parents[2] / "datasets"
 
@@ -43,10 +44,18 @@ def test_captions_differ(name: str) -> None:
     assert len(set(captions)) == len(captions)
 
 
-def test_fish_are_sixteen_on_four_backgrounds_under_the_rare_word() -> None:
-    captions = [caption for _, _, caption in sets.fish()]
+@pytest.mark.parametrize(("kind", "words"), [("fish", "ohwx fish"), ("ladybug", "sks ladybug")])
+def test_a_concept_is_sixteen_pictures_on_four_backgrounds_under_its_rare_word(kind: str, words: str) -> None:
+    captions = [caption for _, _, caption in sets.concept(kind)]
     assert Counter(map(background_of, captions)) == {"white": 4, "blue": 4, "green": 4, "yellow": 4}
-    assert all(caption.startswith(("a ohwx fish ", "a small ohwx fish ", "a large ohwx fish ")) for caption in captions)
+    assert all(caption.startswith((f"a {words} ", f"a small {words} ", f"a large {words} ")) for caption in captions)
+
+
+def test_concepts_are_asked_for_as_they_were_taught_and_where_they_were_not_shown() -> None:
+    for kind, words in sets.TRIGGERS.items():
+        for scene in concept_scenes(8, 0, kind):
+            assert [thing.kind for thing in scene.things] == [kind] and scene.background not in sets.SEEN_BACKGROUNDS
+            assert f" {words} " in prompt_of(scene) and prompt_of(scene).replace(words, kind) == scene.caption
 
 
 def test_noto_style_shows_twelve_kinds_twice_on_all_backgrounds() -> None:
