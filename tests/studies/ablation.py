@@ -90,8 +90,8 @@ def plot(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-STUDY = Study(Path(__file__), ROWS, COLUMNS, figures, at_once=2)
+STUDY = Study(Path(__file__), ROWS, COLUMNS)
 
 if __name__ == "__main__":
-    if STUDY.main(__doc__):
+    if STUDY.main(__doc__, figures, at_once=2):
         plot(STUDY.results.with_suffix(".png"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from study import Figures, Study, export_of, intruders, judged
+from study import Figures, Study, export_of, intruders, judged, repaired
 
 USUAL = {
     "lora.alpha": "16",
@@ -42,7 +42,7 @@ COLUMNS = {
     "concept, taken out": ("concept, taken out", 100.0, 0),
 }
 LOOSE = 0.8  # the paper's threshold of 0.5 hardly finds any on this model
-REPAIRS = {"halved": "0.5", "taken out": "0"}
+REPAIRS = {"halved": 0.5, "taken out": 0.0}
 ASKED_SEED = 40_000  # of prompts that leakage is measured on, which nothing else uses
 
 
@@ -58,8 +58,8 @@ def figures(folder: Path) -> Figures:
         **leakages(file),
     }
     for name, scale in REPAIRS.items():
-        repaired = judged(measure(Options(lora=repair(file, scale))) if result["intruders at 0.8"] else found)
-        result |= {f"{of}, {name}": repaired[of] for of in ("kept", "concept")}
+        then = judged(measure(Options(lora=repaired(file, LOOSE, scale))) if result["intruders at 0.8"] else found)
+        result |= {f"{of}, {name}": then[of] for of in ("kept", "concept")}
     return result
 
 
@@ -88,18 +88,5 @@ def leakages(file: Path) -> Figures:
     }
 
 
-def repair(file: Path, scale: str) -> Path:
-    from sdlora.cli import main
-
-    out = file.with_name(f"repaired-{scale}.safetensors")
-    out.unlink(missing_ok=True)
-    words = ["repair", str(file), "--base", "mini", "--threshold", str(LOOSE), "--scale", scale, "--out", str(out)]
-    if main([*words, "--cache", str(file.parent.parent / "_cache")]):
-        raise SystemExit(f"{file} could not be repaired")
-    return out
-
-
-STUDY = Study(Path(__file__), ROWS, COLUMNS, figures, at_once=1)
-
 if __name__ == "__main__":
-    STUDY.main(__doc__)
+    Study(Path(__file__), ROWS, COLUMNS).main(__doc__, figures, at_once=1)

@@ -28,8 +28,6 @@ class Study:
     script: Path  # its file; results lie beside it, runs below .work
     rows: dict[str, dict[str, str]]  # row -> options beside the preset's. In order of importance: a study may be cut short
     columns: dict[str, tuple[str, float, int]]  # title -> key of a figure, what it is multiplied by, digits
-    figures: Callable[[Path], Figures]  # of a run's folder
-    at_once: int  # runs, each with one thread
 
     @property
     def results(self) -> Path:
@@ -54,26 +52,29 @@ class Study:
     def folder(self, row: str, seed: int) -> Path:
         return self.runs / f"{list(self.rows).index(row)}-{seed}"
 
+    def train(self, name: str, seed: int, options: Mapping[str, str]) -> Path:
+        """The run's LoRA, trained unless it has been already."""
+        folder = self.runs / name
+        if not export_of(folder).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            fixed = {"preview.prompts": "[]", "output.runs": str(self.runs), "output.name": name}
+            options = fixed | {"train.seed": str(seed), "train.threads": "1"} | dict(options)
+            flags = [word for key, value in options.items() for word in (f"--{key}", value)]
+            self.call(name, "-m", "sdlora", "train", str(CONFIG), *flags)
+        return export_of(folder)
+
+    def call(self, name: str, *words: str) -> None:
+        """Python in a process of its own, which writes what it says into a log of this name."""
+        self.runs.mkdir(parents=True, exist_ok=True)
+        with (self.runs / f"{name}.log").open("a") as log:
+            subprocess.run([sys.executable, *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, check=True)
+
     def train_and_measure(self, row: str, seed: int) -> None:
-        """A run that has finished already is only measured."""
-        folder = self.folder(row, seed)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with (self.runs / f"{folder.name}.log").open("a") as log:
-            if not export_of(folder).exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                fixed = {"preview.prompts": "[]", "output.runs": str(self.runs), "output.name": folder.name}
-                options = fixed | {"train.seed": str(seed), "train.threads": "1"} | self.rows[row]
-                flags = [word for key, value in options.items() for word in (f"--{key}", value)]
-                program = [sys.executable, "-m", "sdlora", "train", str(CONFIG), *flags]
-                subprocess.run(program, env=environment, stdout=log, stderr=log, check=True)
-            program = [sys.executable, str(self.script), "--measure", row, str(seed)]
-            subprocess.run(program, env=environment, stdout=log, stderr=log, check=True)
+        name = self.folder(row, seed).name
+        self.train(name, seed, self.rows[row])
+        self.call(name, str(self.script), "--measure", row, str(seed))
 
-    def measure(self, row: str, seed: int) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        figures = self.figures(self.folder(row, seed))
+    def note(self, row: str, seed: int, figures: Figures) -> None:
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"row": row, "seed": seed, "figures": figures}) + "\n")
 
@@ -92,8 +93,9 @@ class Study:
                 lines.append(f"| {row} | {len(by_row[row])} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
-    def main(self, description: str | None) -> bool:
-        """Whether there is a table now: not where it only measured a run, for another process of the study."""
+    def main(self, description: str | None, figures: Callable[[Path], Figures], at_once: int) -> bool:
+        """Train and measure what is missing, `at_once` runs with a thread each; `figures` of a run's folder. Whether there is a table now:
+        not where it only measured a run, for another process of the study."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--table", action="store_true", help="only print the table")
         parser.add_argument("--rows", nargs="*", default=list(self.rows), choices=list(self.rows), help="rows to train; all by default")
@@ -101,13 +103,16 @@ class Study:
         parser.add_argument("--measure", nargs=2, metavar=("ROW", "SEED"), help=argparse.SUPPRESS)
         options = parser.parse_args()
         if options.measure:
-            self.measure(options.measure[0], int(options.measure[1]))
+            import torch
+
+            torch.set_num_threads(1)
+            row, seed = options.measure[0], int(options.measure[1])
+            self.note(row, seed, figures(self.folder(row, seed)))
             return False
         if not options.table:
-            self.runs.mkdir(parents=True, exist_ok=True)
             done = self.read()
             wanted = [(row, seed) for seed in options.seeds for row in options.rows if (row, seed) not in done]
-            with ThreadPoolExecutor(self.at_once) as pool:
+            with ThreadPoolExecutor(at_once) as pool:
                 list(pool.map(lambda pair: self.train_and_measure(*pair), wanted))
         print(self.table())
         return True
@@ -121,6 +126,18 @@ def judged(found: Mapping[str, Any]) -> Figures:
     """What the oracle says of a LoRA, out of all that mini/measure.py found."""
     drawn, known = found["concept"], found["base prompts"]
     return {"concept": drawn["kind"], "kept": known["kind"], "unasked": known["concept unasked"]}
+
+
+def repaired(file: Path, threshold: float, scale: float) -> Path:
+    """With the intruders at this threshold scaled."""
+    from sdlora.cli import main
+
+    out = file.with_name(f"repaired-{threshold:g}-{scale:g}.safetensors")
+    out.unlink(missing_ok=True)
+    words = ["repair", str(file), "--base", "mini", "--threshold", str(threshold), "--scale", str(scale), "--out", str(out)]
+    if main([*words, "--cache", str(file.parent.parent / "_cache")]):
+        raise SystemExit(f"{file} could not be repaired")
+    return out
 
 
 def intruders(file: Path, threshold: float = 0.5) -> float:
