@@ -1,7 +1,5 @@
 """Every option, declared once: files, flags, `sdlora options` and the error messages derive from these classes."""
 
-from __future__ import annotations
-
 import datetime
 import difflib
 import math
@@ -13,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import tomlkit
-from PIL import ImageColor
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
@@ -28,7 +24,9 @@ LONGEST_NAME = 255  # bytes of a file's or folder's name, as file systems have i
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_max_length=LONGEST_TEXT)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, defer_build=True, allow_inf_nan=False, str_max_length=LONGEST_TEXT
+    )
 
 
 def _nameable(path: Named) -> Named:
@@ -245,6 +243,10 @@ class DataOptions(PictureOptions):
 
     @model_validator(mode="after")
     def _the_background_is_a_colour(self) -> Self:
+        if self.background == type(self).model_fields["background"].default:
+            return self
+        from PIL import ImageColor  # late: a fifth of what a command takes to start
+
         try:
             known = all(0 <= value <= 255 for value in ImageColor.getrgb(self.background))
         except ValueError:
@@ -586,6 +588,11 @@ def options() -> Iterator[Option]:
             yield Option(f"{section}.{key}", field)
 
 
+def default(name: str) -> Any:
+    """Of the option `section.key`, as it is declared: to make its section for that would take longer than all else of `--help`."""
+    return next(option.default for option in options() if option.name == name)
+
+
 def load(files: Sequence[Path] = (), flags: Sequence[tuple[str, str]] = ()) -> Config:
     """Merge TOML files, later ones over earlier ones, then flags over them.
 
@@ -625,6 +632,8 @@ def merge(tables: Sequence[Tables], flags: Sequence[tuple[str, str]] = ()) -> Co
 
 def dump(config: Config) -> str:
     """The config as TOML that `load` reads back to an equal one, each option under its description."""
+    import tomlkit  # late, as most commands write none
+
     document = tomlkit.document()
     for option in options():
         section, key = option.name.split(".")
@@ -644,13 +653,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(of) for of in value]
     if isinstance(value, dict):
-        return tomlkit.inline_table() | value  # a table of its own would take the descriptions behind it along
+        from tomlkit import inline_table  # late, as above
+
+        return inline_table() | value  # a table of its own would take the descriptions behind it along
     return str(value) if isinstance(value, Path) else value
 
 
 def _validate(values: dict[str, Any]) -> Config:
     try:
-        return Config.model_validate(values)
+        return Config.model_validate({section: {} for section in Config.model_fields} | values)  # else each default is built by itself
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "value_error":  # one of our own sentences

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from sdlora.files import FULL
 
 
@@ -200,6 +198,8 @@ def smoothed(before: float | None, loss: float) -> float:
 
 def follow(path: Path, pid: int | None = None, poll_seconds: float = 0.5) -> Iterator[Event]:
     """Events as they come, until the run ends; where process `pid` dies without a last word, the last event is Failed."""
+    import psutil  # late: a tenth of what a command takes to start
+
     seen = 0
     while True:
         alive = pid is None or psutil.pid_exists(pid)

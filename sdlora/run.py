@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from sdlora import config as configs
 from sdlora.config import Config, Section
 from sdlora.errors import ConfigError, TrainingError
@@ -100,10 +98,14 @@ class Run:
 
     def claim(self, pid: int) -> None:
         """Write down for others which process trains here; the lock, not this, keeps a second one out."""
+        import psutil  # late, as in events.py
+
         self.pid_file.write_text(f"{pid} {psutil.Process(pid).create_time()}\n")
 
     def trained_by(self) -> int | None:
         """Id of the process that trains here now, None where none does."""
+        import psutil
+
         try:
             pid, began = self.pid_file.read_text().split()
             process = psutil.Process(int(pid))

@@ -21,6 +21,20 @@ def test_help_needs_no_torch_and_half_a_second() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("words", [["--help"], ["train", "--rnk", "3"]])
+def test_help_and_a_mistyped_option_load_and_build_only_what_they_need(words: list[str]) -> None:
+    """pydantic.plugin._loader comes with the first validator that pydantic builds: that takes as long as all else."""
+    late = ["PIL", "psutil", "pydantic.plugin._loader", "tomlkit", "torch"]
+    code = f"""if True:
+        import contextlib, sys
+        from sdlora.cli import main
+        with contextlib.suppress(SystemExit):
+            main({words})
+        print([name for name in {late} if name in sys.modules])"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-1] == "[]"
+
+
 def test_flags() -> None:
     assert pairs(["--a.b", "1", "--c=x=y"]) == [("a.b", "1"), ("c", "x=y")]
     with pytest.raises(ConfigError, match="needs a value"):

@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     prune = actions.add_parser("prune", help="delete what was not used for a while; training computes anew what it misses")
     prune.add_argument("--older-than", type=float, default=30.0, metavar="DAYS", help="days without use (default: 30); 0 for all")
     prune.set_defaults(call=cache_prune_command)
-    default = config.OutputOptions().runs / runs.CACHE
+    default = config.default("output.runs") / runs.CACHE
     for action in (info, prune):
         action.add_argument("folder", nargs="?", type=Path, default=default, help=f"folder of the cache (default: {default})")
 

@@ -81,7 +81,7 @@ def add_base(command: argparse.ArgumentParser) -> None:
         metavar="COSINE",
         help=f"an intruder is less like any of the base's (default: {THRESHOLD})",
     )
-    cache = config.OutputOptions().runs / runs.CACHE
+    cache = config.default("output.runs") / runs.CACHE
     command.add_argument(
         "--cache", type=Path, default=cache, metavar="FOLDER", help=f"where what is computed of the base is kept (default: {cache})"
     )

@@ -7,8 +7,6 @@ import shutil
 import textwrap
 from pathlib import Path
 
-import tomlkit
-
 from sdlora import config
 from sdlora.commands import Commands
 from sdlora.commands.terminal import say
@@ -20,6 +18,8 @@ def add(commands: Commands) -> None:
 
 
 def options_command(parsed: argparse.Namespace) -> int:
+    import tomlkit
+
     width = min(shutil.get_terminal_size((140, 24)).columns, 140)
     section = ""
     for option in config.options():

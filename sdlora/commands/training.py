@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
     command.add_argument("run", type=Path, help="run folder")
     command.set_defaults(call=resume_command)
 
-    runs_folder = config.OutputOptions().runs
+    runs_folder = config.default("output.runs")
     command = commands.add_parser("queue", help="train what the page has queued, one run after another, until nothing waits")
     command.add_argument("runs", nargs="?", type=Path, default=runs_folder, help=f"folder of runs (default: {runs_folder})")
     command.set_defaults(call=queue_command)
