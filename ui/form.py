@@ -26,6 +26,7 @@ SIGNS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below
 Texts = dict[str, str]  # option -> what its field says
 
 
+@cache
 def presets() -> dict[str, str]:
     """Name of each whole config in configs/ -> what it is for, which its first line says."""
     return {name: about for name, about in _described().items() if "steps" in configs.parse(preset(name), name).get("train", {})}

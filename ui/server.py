@@ -6,11 +6,15 @@ import gc
 import inspect
 import os
 import socket
+import sys
 import tempfile
 import threading
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import LazyLoader
 from typing import TYPE_CHECKING, Any
 
 from sdlora.errors import ConfigError
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 CLOSING_SECONDS = 1  # that an open page is waited for
+UNUSED = frozenset({"pandas"})  # what Gradio imports for components that the page has none of, dear to load
 
 
 def serve(places: Places, *, host: str, port: int, auth: str | None, browser: bool) -> None:
@@ -32,6 +37,8 @@ def serve(places: Places, *, host: str, port: int, auth: str | None, browser: bo
     address = f"http://{shown_host}:{listening.getsockname()[1]}/"
     with tempfile.TemporaryDirectory(prefix="sdlora-") as uploads:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}  # read when gradio is imported
+        # Gradio sets its backend round every event, which would import it while the first page waits, and does without where there is none.
+        sys.modules["matplotlib"] = None  # type: ignore[assignment]
         import uvicorn
 
         app = application(places, host, auth)
@@ -74,8 +81,9 @@ def _application(places: Places, host: str, auth: str | None) -> ASGIApp:
 
 @contextmanager
 def quickly() -> Iterator[None]:
-    """Import gradio inside, and it takes half as long: it would write a file of type hints for each of its components into its own folder,
-    at every import. For a class whose source cannot be found it does not. Nor is there any garbage to look for yet."""
+    """Import gradio inside, and it takes half as long. It would write a file of type hints for each of its components into its own folder,
+    at every import; for a class whose source cannot be found it does not. What is UNUSED is loaded when first looked into, if ever. Nor is
+    there any garbage to look for yet."""
     real = inspect.getfile
 
     def getfile(object: Any) -> str:
@@ -86,12 +94,25 @@ def quickly() -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()
     inspect.getfile = getfile
+    sys.meta_path.insert(0, Later)
     try:
         yield
     finally:
+        sys.meta_path.remove(Later)
         inspect.getfile = real
         if collects:
             gc.enable()
+
+
+class Later(MetaPathFinder):
+    """Finds what is UNUSED, and puts off its loading."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name in UNUSED else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -21,3 +21,13 @@ print([path for path in opened if path.endswith(".pyi")])
 def test_gradio_is_imported_without_its_files_of_type_hints() -> None:
     told = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120, check=False)
     assert told.stdout == "[]\n", told.stderr
+
+
+def test_what_no_component_of_ours_needs_is_loaded_when_it_is_looked_into() -> None:
+    code = (
+        "import sys\nfrom sdlora_ui import server\nwith server.quickly():\n    import gradio, pandas\n"
+        "assert 'pandas.core' not in sys.modules and server.Later not in sys.meta_path\n"
+        "assert pandas.DataFrame({'a': [1]}).a[0] == 1 and 'pandas.core' in sys.modules\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert told.returncode == 0, told.stderr
