@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdlora.errors import ConfigError
 
-from . import guard, launch
+from . import alone, guard, launch
 from .paths import Places
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def serve(places: Places, *, host: str, port: int, auth: str | None, browser: bo
 
         app = application(places, host, auth)
         launch.keep_working(places.runs)
+        alone.ask_nobody()
         print(f"sdlora ui: {address}   (Ctrl-C ends the page; runs go on)", flush=True)
         if browser:
             threading.Timer(1.0, webbrowser.open, [address]).start()
