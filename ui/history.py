@@ -57,6 +57,7 @@ class History:
     def forget(self) -> None:
         self.offset = 0
         self.count = 0  # of events
+        self.drawn = 0  # of them, pictures
         self.series = _series(*STEPPED, *ALPHAS, "pinned", "memory")
         self.plan: events.Planned | None = None
         self.warnings: list[str] = []
@@ -117,6 +118,8 @@ class History:
                     self.series["pinned"].add(event.step, event.pinned_drift)
                 if event.memory_bytes:
                     self.series["memory"].add(event.step, event.memory_bytes / 2**30)
+            case events.Previewed():
+                self.drawn += 1
             case events.Exported():
                 self.exported = event
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from sdlora.errors import SdloraError
@@ -16,8 +17,10 @@ from .paths import shown
 
 LOG_BYTES = 16_384
 LOG_LINES = 60
+KEPT = 16  # runs whose plots and pictures are kept as they were last made
 SMALL_SIDE = 128  # px of a picture's shorter side up to which it is enlarged by whole pixels
 PREVIEW = re.compile(r"(\d{8})-(\d\d)\.png")
+PARTS = ("result", "plots", "gallery", "log")
 WORDS = {
     "waiting": "Not begun",
     "running": "Training",
@@ -29,18 +32,32 @@ WORDS = {
 NO_RUN = '<p class="sd-empty">No run yet. Choose pictures and press Start: progress, plots and sample pictures appear here.</p>'
 
 
+def html() -> str:
+    """The places of PARTS, which live.js fills."""
+    return (
+        '<div class="sd-parts"><div id="result"></div><div id="plots"></div><h3>Samples</h3><div id="gallery"></div>'
+        '<details class="sd-fold"><summary>Log</summary><div id="log"></div></details></div>'
+    )
+
+
 def parts(run: Run) -> dict[str, str]:
-    """Status, result, plots, gallery and log; and the word, of WORDS, for how the run stands."""
+    """Status and PARTS; and the word, of WORDS, for how the run stands."""
     seen = history.of(run.events).look()
     word = history.status(run, seen)
     return {
         "word": word,
         "status": status(run, seen, word),
         "result": result(run, seen),
-        "plots": plots.of_run(seen),
-        "gallery": gallery(run),
+        "plots": plotted(run, seen.offset),
+        "gallery": gallery(run, changed_at(run.previews), seen.drawn),
         "log": log(run.log),
     }
+
+
+@lru_cache(maxsize=KEPT)
+def plotted(run: Run, offset: int) -> str:
+    """Made once for what its events say up to `offset`."""
+    return plots.of_run(history.of(run.events))
 
 
 def status(run: Run, seen: History, word: str) -> str:
@@ -96,8 +113,10 @@ def result(run: Run, seen: History) -> str:
     )
 
 
-def gallery(run: Run) -> str:
-    """A strip for each prompt, the newest step first."""
+@lru_cache(maxsize=KEPT)
+def gallery(run: Run, changed: int, drawn_so_far: int) -> str:
+    """A strip for each prompt, the newest step first. Made once for a time of the folder's last change and a number of pictures told of:
+    two changes may share a time, and a picture is there before it is told of."""
     found = previews(run)
     if not found:
         return '<p class="sd-empty">Sample pictures appear here as the run draws them.</p>'
@@ -108,6 +127,14 @@ def gallery(run: Run) -> str:
         strip = "".join(picture(path, step, prompt) for step, path in sorted(pictures.items(), reverse=True))
         strips.append(f"<section><h4>{text(prompt)}</h4><div>{strip}</div></section>")
     return f'<div class="sd-gallery{" small" if is_small else ""}">{"".join(strips)}</div>'
+
+
+def changed_at(folder: Path) -> int:
+    """In ns; 0 where there is none."""
+    try:
+        return folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def previews(run: Run) -> dict[int, dict[int, Path]]:

@@ -78,8 +78,7 @@ def look(line: Line) -> str:
 def nice_ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers, 1, 2 or 5 times a power of ten apart, that hold low and high between them."""
     if not high > low:
-        pad = abs(high) / 2 or 1.0
-        low, high = low - pad, high + pad
+        low, high = (low - abs(low) / 2, high + abs(high) / 2) if high else (0.0, 1.0)
     rough = (high - low) / 3
     power = 10.0 ** math.floor(math.log10(rough))
     gap = next(power * of for of in (1, 2, 5, 10) if power * of >= rough)
@@ -121,4 +120,4 @@ def scientific(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.2g} %"
+    return f"{100 * value:.3g} %"

@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 
@@ -26,10 +27,9 @@ from .paths import BUILT_IN, FISH, Places, shown
 FIRST_PRESET = "mini"
 DROPPED = PICTURES | {".txt", ".caption"}
 QUIET = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-SCRIPT = (Path(__file__).parent / "form.js").read_text(encoding="utf-8")
+SCRIPT, LIVE_SCRIPT = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("form.js", "live.js"))
 # A reload, or a link that is sent on, shows the same run.
 REMEMBER = "(name) => { const at = new URL(location); at.searchParams.set('run', name); history.replaceState(null, '', at); }"
-PARTS = ("status", "result", "plots", "gallery", "log")
 BUTTONS = ("stop", "resume", "sample", "save")
 KEPT = ("preset", "over", "base", "folder", "trigger", "name", "told", "toml", "path")  # by the browser, over a reload
 OVER_INFO = "Laid over the preset; All options shows what each sets."
@@ -120,18 +120,14 @@ def build(places: Places, current: gr.Textbox) -> Screen:
                 sample = gr.Button("Sample now", size="sm", interactive=False, elem_id="sample")
                 save_now = gr.Button("Save now", size="sm", interactive=False, elem_id="save")
             run_error = gr.HTML(elem_id="run-error")
-            result = gr.HTML(elem_id="result", apply_default_css=False)
-            plots = gr.HTML(elem_id="plots", apply_default_css=False)
-            gr.HTML("<h3>Samples</h3>", elem_classes="sd-heading")
-            gallery = gr.HTML(elem_id="gallery", apply_default_css=False)
-            with gr.Accordion("Log", open=False):
-                log = gr.HTML(elem_id="log", apply_default_css=False)
-    sent = gr.State({})
+            parts = gr.HTML({}, html_template=live.html(), js_on_load=LIVE_SCRIPT, elem_id="parts", apply_default_css=False)
+    sent = gr.Textbox(visible="hidden")  # what of the run this page shows, so that it is told of the rest alone
+    of_use = gr.Textbox(visible="hidden")  # which of BUTTONS
     draft = gr.BrowserState({}, storage_key="sdlora-draft", secret="sdlora")  # kept by the browser, and read by nobody else
     fields = [base, folder, trigger, name]
     everything = [preset, over, *fields, told]
     texts_of_file = [toml, path]
-    live_parts = [status, result, plots, gallery, log, stop, resume, sample, save_now, sent]
+    shown_live = [status, parts, of_use, sent]
 
     def chosen(preset: str, over: list[str], *values: Any) -> Config:
         *own, told = values
@@ -207,19 +203,19 @@ def build(places: Places, current: gr.Textbox) -> Screen:
             return markup.error(str(problem))
         return markup.note(f"Saved {shown(target)}.")
 
-    def tick(name: str, sent: dict[str, str]) -> tuple[Any, ...]:
-        """Only what changed since this page was last told."""
+    def tick(name: str, sent: str) -> tuple[Any, ...]:
+        """Only what this page does not show yet. Values alone, of few components: Gradio makes each anew that is to be left as it is."""
         if not name:
-            return (*[gr.skip()] * (len(PARTS) + len(BUTTONS)), sent)
+            return live.NO_RUN, {}, "", ""
         try:
             run = places.run(name)
         except SdloraError:  # deleted, by another page or by hand
-            return live.NO_RUN, "", "", "", "", *[gr.update(interactive=False)] * len(BUTTONS), {}
+            return live.NO_RUN, dict.fromkeys(live.PARTS, ""), "", ""
         parts = live.parts(run)
-        parts |= usable(run, parts["word"])
-        new = [parts[key] if sent.get(key) != parts[key] else gr.skip() for key in PARTS]
-        buttons = [gr.update(interactive=parts[key] == "True") if sent.get(key) != parts[key] else gr.skip() for key in BUTTONS]
-        return *new, *buttons, parts
+        marks = {part: mark(name, part, parts[part]) for part in live.PARTS}
+        before = sent.split()
+        new = {part: parts[part] for part in live.PARTS if marks[part] not in before}
+        return parts["status"], new, " ".join(usable(run, parts["word"])), " ".join(marks.values())
 
     def stop_run(name: str) -> str:
         try:
@@ -264,9 +260,11 @@ def build(places: Places, current: gr.Textbox) -> Screen:
         return request.query_params.get("run") or live.newest(places.runs)
 
     timer = gr.Timer(1.0)
-    timer.tick(tick, [current, sent], live_parts, concurrency_limit=None, **QUIET)
+    timer.tick(tick, [current, sent], shown_live, concurrency_limit=None, **QUIET)
     current.change(None, current, None, js=REMEMBER)
-    current.change(tick, [current, sent], live_parts, **QUIET)
+    current.change(tick, [current, sent], shown_live, **QUIET)
+    buttons = [stop, resume, sample, save_now]
+    of_use.change(lambda names: [gr.update(interactive=name in names.split()) for name in BUTTONS], of_use, buttons, **QUIET)
     begun = [current, folder, dropped, error]
     start.click(partial(begin, launch.train), [dropped, *everything], begun, api_visibility="private")
     wait.click(partial(begin, launch.queue_up), [dropped, *everything], begun, api_visibility="private")
@@ -288,14 +286,16 @@ def build(places: Places, current: gr.Textbox) -> Screen:
     return screen
 
 
-def usable(run: Run, word: str) -> dict[str, str]:
-    """Whether each button is of use, for a run that stands so."""
-    return {
-        "stop": str(word == "running"),
-        "resume": str(word in ("waiting", "stopped", "failed")),
-        "sample": str(word == "running" and not run.asked_for("sample")),
-        "save": str(word == "running" and not run.asked_for("save")),
-    }
+def mark(*of: str) -> str:
+    """Of a run's name, a part's, and what it says: no other has it."""
+    return blake2b("\n".join(of).encode(), digest_size=8).hexdigest()
+
+
+def usable(run: Run, word: str) -> list[str]:
+    """Those of BUTTONS that are of use, for a run that stands so."""
+    if word == "running":
+        return ["stop", *(what for what in get_args(runs.Request) if not run.asked_for(what))]
+    return ["resume"] if word in ("waiting", "stopped", "failed") else []
 
 
 def preset_texts(name: str, over: Sequence[str], places: Places) -> form.Texts:

@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 from PIL import Image
+from sdlora_ui import launch
 
 from sdlora import config, events
 from sdlora import run as runs
@@ -45,12 +46,16 @@ def main() -> None:
         run_of_the_past(place)
         with serving(place) as (process, address):
             fetch(address)
-            page = json.loads(fetch(f"{address}config"))
+            timer = timer_of(json.loads(fetch(f"{address}config")))
             spent = process.cpu_times()
             print(f"first paint: {spent.user + spent.system:.2f} s of CPU from the start of the process to the page and its config")
             with training(place):
                 before = process.cpu_times()
-                seconds = [answer(address, page, f"visitor-{number // VISIT}") for number in range(parsed.answers)]
+                seconds, shown = [], ""
+                for number in range(parsed.answers):
+                    shown = "" if number % VISIT == 0 else shown
+                    waited, shown = answer(address, timer, f"visitor-{number // VISIT}", shown)
+                    seconds.append(waited)
                 after = process.cpu_times()
     in_ms = [1000 * of for of in seconds]
     p99 = quantiles(in_ms, n=100)[98]
@@ -94,6 +99,7 @@ def training(place: Path) -> Iterator[None]:
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "sdlora", "train", str(ROOT / "configs" / "mini.toml"), *words]
     with subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        launch.in_background(process)  # as the page starts it
         while "Stepped" not in (place / "runs/now/events.jsonl").read_text() if (place / "runs/now/events.jsonl").exists() else True:
             assert process.poll() is None
             time.sleep(0.5)
@@ -101,17 +107,22 @@ def training(place: Path) -> Iterator[None]:
         process.kill()
 
 
-def answer(address: str, page: dict[str, Any], visitor: str) -> float:
-    """Seconds that the first screen's timer waits for what is new."""
+def timer_of(page: dict[str, Any]) -> dict[str, Any]:
+    """What the first screen's timer asks: of a run, by its name, and what the page shows of it."""
+    (current,) = (one["id"] for one in page["components"] if one["props"].get("elem_id") == "current")
+    (timer,) = (one for one in page["dependencies"] if current in one["inputs"] and one["targets"][0][1] == "tick")
+    return timer
+
+
+def answer(address: str, timer: dict[str, Any], visitor: str, shown: str) -> tuple[float, str]:
+    """Seconds that the timer waits for what is new, and what the page shows then."""
     time.sleep(PAUSE)
-    timers = [one for one in page["dependencies"] if [target[1] for target in one["targets"]] == ["tick"]]
-    shown = max(timers, key=lambda one: len(one["outputs"]))
-    question = {"fn_index": shown["id"], "data": ["past", None], "session_hash": visitor}
+    question = {"fn_index": timer["id"], "data": ["past", shown], "session_hash": visitor}
     began = time.perf_counter()
     told = json.loads(fetch(f"{address}gradio_api/run/predict", question))
     seconds = time.perf_counter() - began
-    assert len(told["data"]) == len(shown["outputs"])
-    return seconds
+    assert len(told["data"]) == len(timer["outputs"]) and bool(told["data"][1]) == (not shown)  # all at first, then nothing
+    return seconds, told["data"][-1]
 
 
 def fetch(address: str, question: object = None) -> bytes:
