@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,26 +26,6 @@ SIDE = 1000  # of a chart's own square
 NARROW = 0.03  # share of a chart's width below which a block's name has no place
 LIMITS = {"rank": "--rank", "kept energy": "--kept-energy", "error": "--max-error"}
 MERGED = 3
-# The UNet's blocks in the order in which a picture passes them, then the text encoders: each with a name for narrow windows, and how its
-# layers' names begin.
-BLOCKS = (
-    ("in", "in", ("unet.conv_in", "unet.time_embedding", "unet.add_embedding")),
-    *((f"down {number}", f"d{number}", (f"unet.down_blocks.{number}.",)) for number in range(4)),
-    ("mid", "m", ("unet.mid_block.",)),
-    *((f"up {number}", f"u{number}", (f"unet.up_blocks.{number}.",)) for number in range(4)),
-    ("out", "out", ("unet.conv_out",)),
-    ("text", "te", ("text_encoder.",)),
-    ("text 2", "te2", ("text_encoder_2.",)),
-)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One bar of a chart."""
-
-    name: str
-    value: float
-    colour: int
 
 
 def build(places: Places) -> None:
@@ -234,16 +213,17 @@ def report_of(log: Path) -> str:
     listed = "".join(f"<dt>{text(what)}</dt><dd>{text(said)}</dd>" for what, said in facts.items())
     readers = [f"{line}." for line in told["readers"]] or ["Every program that was tried reads it rightly."]
     notes = "".join(f"<li>{text(line[0].upper() + line[1:])}</li>" for line in readers)
-    norms = [Layer(of["name"], of["norm"], 0) for of in told["layers"]]
+    norms = {of["name"]: of["norm"] for of in told["layers"]}
     learned = told["learned_alphas"]  # which our own files multiply into their matrices
-    alphas = [Layer(of["name"], learned.get(of["name"], of["alpha"]), 3) for of in told["layers"] if of["alpha"] is not None]
+    alphas = {of["name"]: learned.get(of["name"], of["alpha"]) for of in told["layers"] if of["alpha"] is not None}
     alphas_are = "Learned alpha of each layer" if learned else "Alpha of each layer"
     metadata = "".join(
         f"<tr><td><code>{text(key)}</code></td><td>{text(said[:2000])}</td></tr>" for key, said in sorted(told["metadata"].items())
     )
     return (
         f'<div class="sd-report"><dl>{listed}</dl><section><h4>Which programs read it</h4><ul>{notes}</ul></section></div>'
-        f'<div class="sd-plots wide">{chart("Norm of what each layer adds", norms)}{chart(alphas_are, alphas)}</div>'
+        f'<div class="sd-plots wide">{chart("Norm of what each layer adds", norms, told["blocks"], 0)}'
+        f"{chart(alphas_are, alphas, told['blocks'], 3)}</div>"
         f'<details class="sd-warnings"><summary>All {len(told["metadata"])} metadata</summary>'
         f'<div class="sd-table"><table><tbody>{metadata}</tbody></table></div></details>'
     )
@@ -255,29 +235,32 @@ def counted(told: dict[str, Any]) -> str:
     return f"{len(told['layers'])}{among}"
 
 
-def chart(title: str, layers: list[Layer]) -> str:
-    """A bar for each layer, blocks side by side in the order of BLOCKS and divided by lines."""
-    blocks = [(label, short, [of for of in layers if of.name.startswith(starts)]) for label, short, starts in BLOCKS]
-    blocks = [block for block in blocks if block[2]]
-    if not blocks:
+def chart(title: str, values: dict[str, float], blocks: dict[str, list[str]], colour: int) -> str:
+    """A bar for each layer that has a value, by block: the UNet's one by one, and all of a text encoder's together."""
+    bars: dict[str, list[str]] = {}
+    for block, names in blocks.items():
+        bars.setdefault(block.partition(".")[0] if block.startswith("te") else block, []).extend(name for name in names if name in values)
+    bars = {block: names for block, names in bars.items() if names}
+    if not bars:
         return ""
-    ticks = nice_ticks(min(0.0, *(of.value for of in layers)), max(of.value for of in layers))
+    ticks = nice_ticks(min(0.0, *values.values()), max(values.values()))
     low, high = ticks[0], ticks[-1]
-    across = SIDE / (sum(len(found) for *_, found in blocks) + len(blocks) - 1)  # a bar's width, and the gap between two blocks
+    across = SIDE / (sum(map(len, bars.values())) + len(bars) - 1)  # a bar's width, and the gap between two blocks
 
     def y(value: float) -> float:
         return SIDE * (high - value) / (high - low)
 
-    shapes, names, at = [f'<line class="grid" x1="0" x2="{SIDE}" y1="{y(of):.0f}" y2="{y(of):.0f}"/>' for of in ticks], [], 0.0
-    for label, short, found in blocks:
-        share = across * len(found) / SIDE
-        both = f"<b>{label}</b><i>{short}</i>" if share > NARROW else ""
-        names.append(f'<span style="left:{at / SIDE:.2%};width:{share:.2%}">{both}</span>')
-        for of in found:
-            top, height = y(max(of.value, 0.0)), abs(y(of.value) - y(0.0))
+    shapes, heads, at = [f'<line class="grid" x1="0" x2="{SIDE}" y1="{y(of):.0f}" y2="{y(of):.0f}"/>' for of in ticks], [], 0.0
+    for block, names in bars.items():
+        share = across * len(names) / SIDE
+        both = f"<b>{text(block)}</b><i>{text(short(block))}</i>" if share > NARROW else ""
+        heads.append(f'<span style="left:{at / SIDE:.2%};width:{share:.2%}">{both}</span>')
+        for name in names:
+            value = values[name]
+            top, height = y(max(value, 0.0)), abs(y(value) - y(0.0))
             shapes.append(
-                f'<rect class="c{of.colour}" x="{at:.2f}" y="{top:.1f}" width="{0.8 * across:.2f}" height="{max(height, 1):.1f}">'
-                f"<title>{text(of.name)}: {of.value:.4g}</title></rect>"
+                f'<rect class="c{colour}" x="{at:.2f}" y="{top:.1f}" width="{0.8 * across:.2f}" height="{max(height, 1):.1f}">'
+                f"<title>{text(name)}: {value:.4g}</title></rect>"
             )
             at += across
         at += across
@@ -286,5 +269,10 @@ def chart(title: str, layers: list[Layer]) -> str:
         f'<figure class="sd-plot" role="img" aria-label="{text(title)}"><figcaption><b>{text(title)}</b></figcaption>'
         f'<div class="area"><div class="ticks">{labels}</div>'
         f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none">{"".join(shapes)}</svg></div>'
-        f'<div class="blocks">{"".join(names)}</div></figure>'
+        f'<div class="blocks">{"".join(heads)}</div></figure>'
     )
+
+
+def short(block: str) -> str:
+    """For narrow windows: `d0` for `down.0`."""
+    return block if block.startswith("te") else block[0] + block.partition(".")[2]

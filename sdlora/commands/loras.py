@@ -6,12 +6,15 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdlora.commands import Commands, effects
 from sdlora.commands.layers import add_limit, add_target, limit_of, limit_said, target_of, tell, tell_total
 from sdlora.commands.terminal import drawn, say, size
 from sdlora.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from sdlora.lora.report import Report
 
 
 def add(commands: Commands) -> None:
@@ -45,13 +48,11 @@ def add(commands: Commands) -> None:
 
 def inspect_command(parsed: argparse.Namespace) -> int:
     effects.check(parsed)
-    from sdlora.lora.formats import learned_alphas
     from sdlora.lora.report import inspect
 
     report = inspect(parsed.file)
     if parsed.json:
-        learned = learned_alphas(report.path, report.metadata, [layer.name for layer in report.layers])
-        say(json.dumps(asdict(report) | {"learned_alphas": learned}, default=str))
+        say(json.dumps(for_programs(report), default=str))
         return 0
     say(f"{report.path}: {size(report.size)}, {report.precision}, {report.family or 'family not shown'}, {report.naming} names")
     for what, said in report.about.items():
@@ -77,6 +78,17 @@ def inspect_command(parsed: argparse.Namespace) -> int:
     if parsed.base is not None:
         effects.tell(parsed)
     return 0
+
+
+def for_programs(report: Report) -> dict[str, Any]:
+    """All of a report, the alphas that its layers learned, and the names of their layers by block, as a model runs through them."""
+    from sdlora.analysis.blocks import in_order
+    from sdlora.lora.formats import learned_alphas
+    from sdlora.lora.targets import block_of
+
+    names = [layer.name for layer in report.layers]
+    blocks = {block: [name for name in names if block_of(name) == block] for block in in_order([block_of(name) for name in names])}
+    return asdict(report) | {"learned_alphas": learned_alphas(report.path, report.metadata, names), "blocks": blocks}
 
 
 def convert_command(parsed: argparse.Namespace) -> int:

@@ -95,6 +95,7 @@ def test_inspect_tells_programs_all_of_it(path: Path, capsys: pytest.CaptureFixt
     told = json.loads(line)
     assert told["metadata"]["ss_seed"] == "7" and [layer["name"] for layer in told["layers"]] == sorted(NAMES)
     assert told["learned_alphas"] == {NAMES[0]: 3.5} and told["layers"][0]["norm"] > 0
+    assert told["blocks"] == {"mid": sorted(NAMES)}
 
 
 def test_convert(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

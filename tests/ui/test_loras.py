@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from sdlora_ui import jobs, loras
-from sdlora_ui.loras import Layer
 
 MARKUP = "<img src=x>${a}"
 
@@ -25,6 +24,7 @@ def told(tmp_path: Path, **others: Any) -> Path:
         "tags": [[MARKUP, 3]],
         "readers": [],
         "learned_alphas": {},
+        "blocks": {"te": ["text_encoder.b"], "mid": ["unet.mid_block.a"]},
     }
     (tmp_path / "log.txt").write_text("a warning\n" + json.dumps(report | others) + "\n")
     return tmp_path / "log.txt"
@@ -45,17 +45,18 @@ def test_learned_alphas_are_drawn_where_the_file_tells_them(tmp_path: Path) -> N
 
 
 def test_bars_stand_in_the_order_of_blocks_to_scale() -> None:
-    """Three bars and the gap between two blocks share 1000 units; the ticks are 0, 1 and 2."""
-    layers = [Layer("unet.up_blocks.1.a", 2.0, 0), Layer("unet.down_blocks.0.a", 1.0, 0), Layer("unet.down_blocks.0.b", 0.5, 0)]
-    shown = loras.chart("Norms", layers)
+    """Three bars and the gap between two blocks share 1000 units; the ticks are 0, 1 and 2. The text encoder's two are one block's."""
+    blocks = {"te.0": ["a"], "te.11": ["b"], "up.1": ["c", "no value"], "unet": ["none at all"]}
+    shown = loras.chart("Norms", {"c": 2.0, "a": 1.0, "b": 0.5}, blocks, 0)
     bars = re.findall(r'x="([\d.]+)" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"><title>([^:]*)', shown)
     assert [(float(x), float(y), float(height), name) for x, y, height, name in bars] == [
-        (0, 500, 500, "unet.down_blocks.0.a"),
-        (250, 750, 250, "unet.down_blocks.0.b"),
-        (750, 0, 1000, "unet.up_blocks.1.a"),
+        (0, 500, 500, "a"),
+        (250, 750, 250, "b"),
+        (750, 0, 1000, "c"),
     ]
-    assert "left:0.00%;width:50.00%" in shown and "left:75.00%;width:25.00%" in shown
-    assert loras.chart("Norms", [Layer("elsewhere", 1.0, 0)]) == ""
+    assert '<span style="left:0.00%;width:50.00%"><b>te</b><i>te</i>' in shown
+    assert '<span style="left:75.00%;width:25.00%"><b>up.1</b><i>u1</i>' in shown and shown.count("<b>") == 3
+    assert loras.chart("Norms", {}, blocks, 0) == ""
 
 
 def test_what_a_file_does_to_its_base_is_shown_with_its_picture(tmp_path: Path) -> None:
