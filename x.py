@@ -27,6 +27,7 @@ PYTHON = str(BIN / "python")
 INSTALLED = VENV / "installed.txt"  # fingerprint of what is installed, or UNFINISHED
 UNFINISHED = "unfinished"
 CPU_TORCH_HOST = "download.pytorch.org"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")  # which the tests of the page look for
 INTERRUPTED = 130  # a shell's code for a command ended by Ctrl-C
 
 
@@ -40,6 +41,8 @@ def main(arguments: list[str]) -> int:
         print(__doc__.strip(), file=sys.stderr)
         return 0 if name in ("-h", "--help", "help") else 2
     os.chdir(ROOT)
+    if name == "test" and not any(map(shutil.which, BROWSERS)):
+        print("There is no chromium here: the page is not tested in a browser (on Debian: apt install chromium).")
     return install() or run_all(*COMMANDS[name], rest=rest)
 
 

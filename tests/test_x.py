@@ -143,3 +143,13 @@ def test_ctrl_c_lets_the_command_finish_its_own_way(x: types.ModuleType, tmp_pat
     finally:
         signal.signal(signal.SIGINT, before)
     assert (tmp_path / "finished").exists()
+
+
+def test_a_browser_that_is_missing_is_told_of_in_one_line(
+    x: types.ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(x.shutil, "which", lambda name: None)
+    assert x.main(["check"]) == 0 and capsys.readouterr().out == ""
+    assert x.main(["test"]) == 0 and capsys.readouterr().out.count("There is no chromium") == 1
+    monkeypatch.setattr(x.shutil, "which", lambda name: "/usr/bin/chromium" if name == "chromium" else None)
+    assert x.main(["test"]) == 0 and capsys.readouterr().out == ""
