@@ -75,6 +75,6 @@ def test_a_job_is_followed_to_its_end_or_cancelled(tmp_path: Path) -> None:
         job.start(["options"])
     assert "Looking" in job.status() and job.process is not None
     assert job.process.wait(60) == 2 and "sd-error" in job.status() and "none.safetensors" in job.status() and not job.is_done
-    job.start(["options"])
+    job.start(["generate", "a cat", "--base", "mini", "--out", str(tmp_path)])  # seconds, so that it surely is at it
     job.cancel()
     assert job.process.wait(60) != 0 and "was cancelled" in job.status()
