@@ -51,13 +51,15 @@ def checkpoint_activations(model: Model, **options: Any) -> None:
 
 
 def return_freed_memory() -> None:
-    """From now on, of tensors of a MiB and more, where this process's memory is glibc's: it raises that limit to 32 MiB by and by, and
-    what a step of SD 1.5 holds of freed memory is then as much again as it uses."""
+    """From now on, of tensors of 2 MiB and more, where this process's memory is glibc's: it raises that limit to 32 MiB by and by, and
+    what a step of SD 1.5 holds of freed memory is then as much again as it uses. Smaller ones are so many that each would cost its pages
+    anew: of these up to 64 MiB are kept."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+        libc.mallopt(M_MMAP_THRESHOLD, 2 * 2**20)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
 
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def set_aside(model: Model, *names: str) -> None:

@@ -1,5 +1,9 @@
 """Parts of a model come to its device and go back to where they were. The device is spied on: there may be only a CPU."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,3 +43,22 @@ def test_parts_come_and_go_back_where_they_were_whatever_happens() -> None:
     with pytest.raises(KeyboardInterrupt), on_device(model, "text_encoder"):
         raise KeyboardInterrupt
     assert text_encoder.at.type == "cpu"
+
+
+def has_large_pages() -> bool:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return enabled.exists() and "[never]" not in enabled.read_text()
+
+
+@pytest.mark.skipif(not has_large_pages(), reason="the system gives no pages of 2 MiB")
+def test_large_tensors_lie_in_large_pages() -> None:
+    """A page of 4 KiB at a time, 64 MiB would be 16,384."""
+    code = (
+        "import resource, sdlora.models.sources, torch\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "tensor = torch.ones(2**24)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    unset = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    told = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, env=unset).stdout
+    assert int(told) < 4000
