@@ -9,7 +9,7 @@ import torch
 
 from sdlora.diffusion.schedule import NoiseSchedule
 from sdlora.errors import ConfigError
-from sdlora.models import images, memory, packed, sources
+from sdlora.models import convolutions, images, memory, packed, sources
 from sdlora.models.family import Family, Model
 from sdlora.models.sd import SD1, SD2
 from sdlora.models.sdxl import SDXL
@@ -52,6 +52,8 @@ def load(
         module.requires_grad_(False).eval()
     if base_precision != "same" or offload:
         packed.pack(found.unet, base_precision, offload)
+    if device.type == "cpu":
+        convolutions.widen(found.unet)
     if vae_tile is not None:
         images.tile(found.vae, vae_tile)
     if attention == "xformers":
