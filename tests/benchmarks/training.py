@@ -1,15 +1,20 @@
-"""A training step of ours beside the usual ones: how long it takes, what it holds, and how long until the first.
+"""A training step of ours beside the usual ones, and beside our own with one thing changed: how long it takes, what it holds, and how
+long until the first.
 
     python tests/benchmarks/training.py --model mini --pixels 64 --batch 4        # the embedded model; two minutes
     python tests/benchmarks/training.py --pixels 256                              # SD 1.5 at full size, random weights; 20 GB
+    python tests/benchmarks/training.py --pixels 256 --sides "rank 4" "rank 128"  # our own; the first named is what others are held against
     python tests/benchmarks/training.py --pixels 512 --device cuda --precision bf16
 
 LoRAs of rank 16 on attention and feed-forward layers of the UNet. Each side runs in a process of its own and takes a step when it is its
-turn, so that all meet the same noise of the machine; printed are medians of the rounds' ratios.
+turn, so that all meet the same noise of the machine; printed are medians of the rounds' ratios. On a CPU time is what the process had of
+processors, which others on the machine change less than what a clock says; until the first step it is what the clock says.
 
 * example: what example scripts do: peft's layers, AdamW, the picture and its caption encoded anew in each step;
 * cached: the same loop with latents and embeddings computed before;
-* bare: forward and backward of diffusers' UNet without any adapter, nothing learned.
+* bare: forward and backward of diffusers' UNet without any adapter, nothing learned;
+* text, text and norms: ours with LoRAs on the text encoder too, without and with the embedding-norm loss;
+* rank 4, rank 128, batch of 2, batch of 4: ours.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -34,7 +40,7 @@ TARGETS = r".*(attn\d\.to_[qkv]|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|attentions
 # ---------------------------------------------------------------- sides: each yields once a step
 
 
-def ours(options: argparse.Namespace, folder: Path) -> Iterator[None]:
+def ours(options: argparse.Namespace, folder: Path, **changes: object) -> Iterator[None]:
     from sdlora import config, events, run
     from sdlora.train import train
 
@@ -46,6 +52,7 @@ def ours(options: argparse.Namespace, folder: Path) -> Iterator[None]:
         "resolution": options.pixels,
         "bucket_step": 32 if options.model == "mini" else 64,
         "batch_size": options.batch,
+        "repeats": 4 * options.batch,  # of few pictures: no batch may be short
         "precision": options.precision,
         "train.device": options.device,
         "train.threads": options.threads,
@@ -54,6 +61,7 @@ def ours(options: argparse.Namespace, folder: Path) -> Iterator[None]:
         "rank": RANK,
         "steps": 100_000,
         "checkpoint_every": 0,
+        **changes,
     }
     for event in train(run.create(config.load([], [(name, str(value)) for name, value in flags.items()]))):
         if isinstance(event, events.Stepped):
@@ -130,7 +138,18 @@ def bare(options: argparse.Namespace, folder: Path) -> Iterator[None]:
         yield
 
 
-SIDES: dict[str, Callable[[argparse.Namespace, Path], Iterator[None]]] = {"ours": ours, "example": example, "cached": cached, "bare": bare}
+TEXT = {"lora.text_encoder": '["attention", "feed_forward"]'}
+CHANGES: dict[str, dict[str, object]] = {  # of ours
+    "text": TEXT | {"loss.embedding_norm": 0},
+    "text and norms": TEXT | {"loss.embedding_norm": 0.1},
+    "rank 4": {"rank": 4},
+    "rank 128": {"rank": 128},
+    "batch of 2": {"batch_size": 2},
+    "batch of 4": {"batch_size": 4},
+}
+Way = Callable[[argparse.Namespace, Path], Iterator[None]]
+USUAL: dict[str, Way] = {"ours": ours, "example": example, "cached": cached, "bare": bare}
+SIDES: dict[str, Way] = USUAL | {name: partial(ours, **changes) for name, changes in CHANGES.items()}
 
 
 def dtype_of(options: argparse.Namespace) -> Any:
@@ -157,7 +176,7 @@ class Side:
         self.until_first = time.perf_counter() - began
 
     def step(self) -> float:
-        """Seconds."""
+        """Seconds: of processors on a CPU, by the clock on CUDA."""
         return float(self._asked("step"))
 
     def peak(self) -> int:
@@ -187,22 +206,22 @@ def largest_resident() -> int:
 
 def serve(options: argparse.Namespace) -> None:
     """In the child: a step for each line."""
+    if options.side == "ours" or options.side in CHANGES:
+        import sdlora.train  # noqa: F401 - first, as for `sdlora train`: it says how PyTorch is to take memory
     import torch
 
+    seconds = time.perf_counter if options.device == "cuda" else time.process_time
     torch.set_num_threads(options.threads)
     steps = SIDES[options.side](options, Path(options.folder))
     for line in sys.stdin:
         if line.strip() == "peak":
-            on_cpu = next(
-                int(row.split()[1]) * 1024 for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM")
-            )
-            print(">", torch.cuda.max_memory_allocated() if options.device == "cuda" else on_cpu, flush=True)
+            print(">", torch.cuda.max_memory_allocated() if options.device == "cuda" else largest_resident(), flush=True)
         else:
-            began = time.perf_counter()
+            began = seconds()
             next(steps)
             if options.device == "cuda":
                 torch.cuda.synchronize()
-            print(">", time.perf_counter() - began, flush=True)
+            print(">", seconds() - began, flush=True)
 
 
 def main() -> None:
@@ -213,8 +232,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--rounds", type=int, default=7, help="that count, 2 or more")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(USUAL))
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -232,21 +251,24 @@ def main() -> None:
         shared = ["--folder", name, "--model", model]
         for option in ("pixels", "batch", "precision", "device", "threads"):
             shared += [f"--{option}", str(getattr(options, option))]
-        if "ours" in options.sides:
-            Side("ours", shared).end()  # fills the caches: the others have what they need on disk, too
+        Side("ours", shared).end()  # fills the caches: the others have what they need on disk, too
         sides = {side: Side(side, shared) for side in options.sides}
-        rounds = [{side: process.step() for side, process in sides.items()} for _ in range(options.rounds + WARMUP)][WARMUP:]
-        ours_peak = sides["ours"].peak() if "ours" in sides else 1
-        print("| side | s a step | ours / it | quartiles | peak, GiB | ours / it | until the first step, s | ours / it |")
+        rounds = []
+        for _ in range(options.rounds + WARMUP):
+            rounds.append({side: process.step() for side, process in sides.items()})
+            print(*(f"{side}: {seconds:.3f} s" for side, seconds in rounds[-1].items()), sep=", ", file=sys.stderr)
+        rounds = rounds[WARMUP:]
+        first, *_ = options.sides
+        held = {side: process.peak() for side, process in sides.items()}
+        print(f"| side | s a step | {first} / it | quartiles | peak, GiB | {first} / it | until the first step, s | {first} / it |")
         print("|---|---|---|---|---|---|---|---|")
         for side, process in sides.items():
-            seconds, peak = median(of[side] for of in rounds), process.peak()
-            ratios = [of["ours"] / of[side] for of in rounds] if "ours" in sides else [0.0, 0.0]
+            ratios = [of[first] / of[side] for of in rounds]
             low, _, high = quantiles(ratios, n=4)
-            first = sides["ours"].until_first / process.until_first if "ours" in sides else 0
             print(
-                f"| {side} | {seconds:.3f} | {median(ratios):.2f} | {low:.2f} to {high:.2f} | {peak / 2**30:.2f} | {ours_peak / peak:.2f} "
-                f"| {process.until_first:.1f} | {first:.2f} |",
+                f"| {side} | {median(of[side] for of in rounds):.3f} | {median(ratios):.2f} | {low:.2f} to {high:.2f} "
+                f"| {held[side] / 2**30:.2f} | {held[first] / held[side]:.2f} "
+                f"| {process.until_first:.1f} | {sides[first].until_first / process.until_first:.2f} |",
                 flush=True,
             )
         for process in sides.values():
