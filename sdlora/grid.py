@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from sdlora.errors import ConfigError
 from sdlora.run import Run
 
 Flags = Sequence[tuple[str, str]]
+SUFFIX = "-sweep"  # of the name of a folder of rows, in the folder of runs
 LONGEST = 60  # characters of a row's own part of a name
 
 
@@ -44,6 +46,17 @@ class Row:
         return found
 
 
+def folder_of(runs: Path, name: str) -> Path:
+    """Of the sweep of this name, in a folder of runs."""
+    return runs / f"{name}{SUFFIX}"
+
+
+def folders(within: Path) -> list[Path]:
+    """Of all sweeps in a folder of runs, the newest first."""
+    found = [path for path in within.glob(f"*{SUFFIX}") if path.is_dir() and not (path / "config.toml").exists()]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
 def split(text: str) -> tuple[str, list[str]]:
     """`lora.rank=4,16` -> its name and values; commas inside brackets, braces and quotes belong to a value."""
     name, equals, rest = text.partition("=")
@@ -58,14 +71,14 @@ def split(text: str) -> tuple[str, list[str]]:
     values = [value.strip() for value in values]
     if not equals or not all(values) or len(set(values)) < len(values):
         raise ConfigError(f"--set {text}: write an option and its values, each once: --set lora.rank=4,16,64.")
-    return name, values
+    return name.strip(), values
 
 
 def rows_of(files: Sequence[Path], flags: Flags, grid: Sequence[tuple[str, Sequence[str]]]) -> list[Row]:
     """Every combination, the last option's values changing fastest, each a run in the folder NAME-sweep beside where NAME would be.
     Raises ConfigError."""
     common = configs.load(files, flags)
-    folder = common.output.runs / f"{common.output.name}-sweep"
+    folder = folder_of(common.output.runs, common.output.name)
     cache = common.data.cache or common.output.runs / runs.CACHE
     if len({name for name, _ in grid}) < len(grid):
         raise ConfigError("--set names an option twice: give all its values at once.")
@@ -91,6 +104,21 @@ def figures(run: Run) -> dict[str, float]:
 def held_out(told: Iterable[events.Event], until: int = LARGEST) -> float | None:
     """The lowest loss on held-out pictures up to a step, but for that of the base model."""
     return min((event.loss for event in told if isinstance(event, events.Validated) and 0 < event.step <= until), default=None)
+
+
+def measured(file: Path) -> dict[str, float]:
+    """What the oracle said of a LoRA file for the embedded model: how often its concept is right, and what was known before; nothing
+    before it did, or of a concept that it does not know."""
+    try:
+        found: dict[str, dict[str, float]] = json.loads(measured_in(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return {"concept": found["concept"]["kind"], "kept": found["base prompts"]["kind"]} if "concept" in found else {}
+
+
+def measured_in(file: Path) -> Path:
+    """Where that stands."""
+    return file.with_suffix(".json")
 
 
 def table(rows: Sequence[Row], found: Mapping[str, Mapping[str, float]]) -> str:

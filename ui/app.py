@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from . import dataset, generate, loras, runs, train
+from . import dataset, generate, loras, runs, sweeps, train
 from .paths import Places
 
 STYLE = Path(__file__).parent / "style.css"
@@ -20,12 +20,14 @@ def build(places: Places) -> gr.Blocks:
     with gr.Blocks(title="sdlora", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(HEAD, apply_default_css=False)
         current = gr.Textbox(visible="hidden", elem_id="current")  # name of the run that is shown
+        swept = gr.Textbox(visible="hidden", elem_id="swept")  # of the sweep that was begun last
         wishes = gr.BrowserState({}, storage_key="sdlora-generate", secret="sdlora")  # in a tab it would come later than the page
         with gr.Tabs(selected="train") as tabs:
             with gr.Tab("Train", id="train"):
-                screen = train.build(places, current)
+                screen = train.build(places, current, swept)
             with gr.Tab("Runs", id="runs") as runs_tab:
-                runs.build(places, current, tabs, runs_tab, screen)
+                timer = runs.build(places, current, tabs, runs_tab, screen)
+                sweeps.build(places, swept, tabs, runs_tab, timer)
             with gr.Tab("Generate", id="generate"):
                 generate.build(places, wishes)
             with gr.Tab("Dataset", id="dataset"):

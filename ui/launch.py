@@ -4,22 +4,32 @@ page's answers above all, goes before them."""
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import psutil
 
-from sdlora import queue
+from sdlora import config as configs
+from sdlora import grid, queue
 from sdlora import run as runs
+from sdlora.config import Config
+from sdlora.errors import ConfigError, SdloraError
+from sdlora.files import write_durably
 from sdlora.run import Run
+
+from .paths import Places
 
 # How far a child gives way. Where no other process wants its processor it loses nothing; where one does, Linux leaves it a third of what
 # the other gets. (Where Linux shares by sessions, a child has one of its own, and the page its half.) What it starts inherits it.
 NICE = 5
+# In a sweep's folder: what all rows share, the values of a sweep that the page has begun, and what is said of it.
+SWEEP_CONFIG, SWEEP_VALUES, SWEEP_LOG = "sweep.toml", "sweep.txt", "log.txt"
 WATCH_SECONDS = 10.0  # longer than a process takes to begin, so that not two of them do
 
 
@@ -48,6 +58,45 @@ def keep_working(folder: Path) -> None:
             time.sleep(WATCH_SECONDS)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def begin_sweep(places: Places, config: Config, lines: str) -> str:
+    """Start a sweep in a new folder, whose name is returned. Raises ConfigError, and leaves nothing, where one of its rows would be
+    refused."""
+    chosen = [line.strip() for line in lines.splitlines() if line.strip()]
+    if not chosen:
+        raise ConfigError("Sweep is empty: write an option and its values, a line each, as lora.rank=4,16,64.")
+    named = (config.output.name if number == 1 else f"{config.output.name}-{number}" for number in count(1))
+    name = next(name for name in named if not grid.folder_of(places.runs, name).exists())
+    config = runs.with_absolute_paths(config.model_copy(update={"output": config.output.model_copy(update={"name": name})}))
+    folder = grid.folder_of(places.runs, name)
+    folder.mkdir(parents=True)
+    try:
+        write_durably(folder / SWEEP_CONFIG, configs.dump(config).encode())
+        write_durably(folder / SWEEP_VALUES, "\n".join(chosen).encode())
+        for row in grid.rows_of([folder / SWEEP_CONFIG], [], [grid.split(line) for line in chosen]):
+            places.check(row.config)
+        sweep(folder)
+    except SdloraError:
+        shutil.rmtree(folder)
+        raise
+    return folder.name
+
+
+def sweep(folder: Path) -> None:
+    """Begin a sweep, or go on with it. Raises ConfigError where a process does so, or where the page has not begun it."""
+    if not (folder / SWEEP_VALUES).is_file():
+        raise ConfigError(f"{folder.name} was begun by a command: the same command goes on with it.")
+    if Run(folder).trained_by() is not None or any(row.trained_by() is not None for row in rows_of(folder)):
+        raise ConfigError(f"{folder.name} is in training already.")
+    lines = (folder / SWEEP_VALUES).read_text(encoding="utf-8").splitlines()
+    process = spawn(["sweep", str(folder / SWEEP_CONFIG), *(f"--set={line}" for line in lines)], folder / SWEEP_LOG)
+    Run(folder).claim(process.pid)
+
+
+def rows_of(sweep: Path) -> list[Run]:
+    """In their order."""
+    return [Run(path) for path in sorted(runs.folders(sweep))]
 
 
 def spawn(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:

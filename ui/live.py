@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from sdlora.errors import SdloraError
-from sdlora.run import Run, folders
+from sdlora.run import Run
 
 from . import history, plots
 from .history import History
@@ -187,11 +187,10 @@ def tail(path: Path) -> list[str]:
         return []
 
 
-def newest(runs: Path) -> str:
+def newest(runs: dict[str, Run]) -> str:
     """Name of the run in training, or of the last that was, "" where there is none."""
-    found = [Run(folder) for folder in folders(runs)]
-    training = [run for run in found if run.trained_by() is not None]
-    return max(training or found, key=changed).folder.name if found else ""
+    training = {name: run for name, run in runs.items() if run.trained_by() is not None}
+    return max(training or runs, key=lambda name: changed(runs[name]), default="")
 
 
 def changed(run: Run) -> float:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
+from sdlora import grid
 from sdlora.config import Config
 from sdlora.errors import ConfigError
-from sdlora.run import Run, open_run
+from sdlora.run import Run, folders, open_run
 
 HERE = Path(__file__).resolve().parent
 BUILT_IN = "mini"
@@ -77,10 +78,23 @@ class Places:
         return path
 
     def run(self, name: str) -> Run:
-        """The run of this name. Raises ConfigError for what is no name of a folder in the folder of runs."""
-        if not name or name.startswith((".", "_")) or not name.isprintable() or any(sign in name for sign in "/\\:"):
+        """The run of this name; `SWEEP/ROW` of one that belongs to a sweep. Raises ConfigError for what is no name of a folder in the
+        folder of runs."""
+        sweep, slash, row = name.rpartition("/")
+        if not is_name(row) or (slash and not (is_name(sweep) and sweep.endswith(grid.SUFFIX))):
             raise ConfigError(f"{name!r} is not the name of a run.")
         return open_run(self.resolve(str(self.runs / name), "run"))
+
+    def every_run(self) -> dict[str, Run]:
+        """All runs by the names that `run` takes."""
+        found = [path for folder in (self.runs, *grid.folders(self.runs)) for path in folders(folder)]
+        return {path.relative_to(self.runs).as_posix(): Run(path) for path in found}
+
+    def sweep(self, name: str) -> Path:
+        """Folder of the sweep of this name. Raises ConfigError where there is none."""
+        if not is_name(name) or self.runs / name not in grid.folders(self.runs):
+            raise ConfigError(f"{name!r} is not the name of a sweep.")
+        return self.resolve(str(self.runs / name), "sweep")
 
     def check(self, config: Config) -> None:
         """Every path in a config. Raises ConfigError."""
@@ -94,6 +108,11 @@ class Places:
                     self.resolve(str(value), f"{name}.{key}")
         for of in config.data.sets:
             self.resolve(str(of.folder), "data.sets: folder")
+
+
+def is_name(text: str) -> bool:
+    """Whether a folder of runs may hold a folder of this name that is not the page's own."""
+    return bool(text) and not text.startswith((".", "_")) and text.isprintable() and not any(sign in text for sign in "/\\:")
 
 
 def shown(path: Path) -> str:

@@ -24,7 +24,8 @@ COLUMNS = ("Run", "Status", "Steps", "Loss", "Pictures", "Last word")
 COMPARED = plots.COLOURS  # loss curves that can be told apart
 
 
-def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab, screen: Screen) -> None:
+def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab, screen: Screen) -> gr.Timer:
+    """Returns its timer."""
     with gr.Column(elem_classes="sd-page"):
         table = gr.HTML(elem_id="runs-table", apply_default_css=False)
         with gr.Row(elem_classes="sd-tools"):
@@ -49,13 +50,13 @@ def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab, scree
         differences = gr.HTML(elem_id="runs-differences", apply_default_css=False)
 
     def refresh(name: str, names: list[str]) -> tuple[Any, ...]:
-        found = {run.folder.name: run for run in listed(places)}
-        kept = [one for one in names or () if one in found]
+        found, every = {run.folder.name: run for run in listed(places)}, places.every_run()
+        kept = [one for one in names or () if one in every]
         return (
             table_of(list(found.values())),
             queue_of(places),
             gr.update(choices=list(found), value=name if name in found else next(iter(found), None)),
-            gr.update(choices=list(found), value=kept),
+            gr.update(choices=[*found, *(one for one in every if one not in found)], value=kept),
         )
 
     def compare(names: list[str]) -> tuple[str, str, str]:
@@ -106,7 +107,8 @@ def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab, scree
 
     listing = [table, waits, chosen, several]
     tab.select(refresh, [chosen, several], listing, **QUIET)
-    gr.Timer(5.0).tick(lambda: (table_of(listed(places)), queue_of(places)), None, [table, waits], **QUIET)
+    timer = gr.Timer(5.0)
+    timer.tick(lambda: (table_of(listed(places)), queue_of(places)), None, [table, waits], **QUIET)
     several.change(compare, several, [losses, previews, differences], **QUIET)
     open_.click(open_run, chosen, [current, tabs], **QUIET)
     resume.click(resume_run, chosen, message, **QUIET).then(refresh, [chosen, several], listing, **QUIET)
@@ -122,6 +124,7 @@ def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab, scree
     delete.click(ask, chosen, [confirming, question, message], **QUIET)
     no.click(lambda: gr.update(visible=False), None, confirming, **QUIET)
     yes.click(delete_run, chosen, [confirming, message], **QUIET).then(refresh, [chosen, several], listing, **QUIET)
+    return timer
 
 
 def listed(places: Places) -> list[Run]:

@@ -31,7 +31,7 @@ SCRIPT, LIVE_SCRIPT = ((Path(__file__).parent / name).read_text(encoding="utf-8"
 # A reload, or a link that is sent on, shows the same run.
 REMEMBER = "(name) => { const at = new URL(location); at.searchParams.set('run', name); history.replaceState(null, '', at); }"
 BUTTONS = ("stop", "resume", "sample", "save")
-KEPT = ("preset", "over", "base", "folder", "trigger", "name", "told", "toml", "path")  # by the browser, over a reload
+KEPT = ("preset", "over", "base", "folder", "trigger", "name", "told", "toml", "path", "sweep")  # by the browser, over a reload
 OVER_INFO = "Laid over the preset; All options shows what each sets."
 
 Told = dict[str, Any]  # the value of the form: {"preset": Texts, "told": Texts}
@@ -69,7 +69,8 @@ class Screen:
     inputs: list[Any]
 
 
-def build(places: Places, current: gr.Textbox) -> Screen:
+def build(places: Places, current: gr.Textbox, swept: gr.Textbox) -> Screen:
+    """`current`: name of the run that is shown; `swept`: of the sweep that was begun."""
     start_texts = preset_texts(FIRST_PRESET, [], places)
     own = Fields.of(start_texts)
     with gr.Row(elem_classes="sd-train"):
@@ -112,6 +113,17 @@ def build(places: Places, current: gr.Textbox) -> Screen:
                     load = gr.Button("Load", size="sm", elem_id="toml-load")
                     save = gr.Button("Save", size="sm", elem_id="toml-save")
                 config_note = gr.HTML(elem_id="config-note")
+            with gr.Accordion("Sweep", open=False, elem_id="sweep"):
+                values = gr.Textbox(
+                    "",
+                    label="Options and their values, a line each",
+                    info="A run for each combination, with what is chosen above for the rest.",
+                    placeholder="lora.rank=4,16,64\nloss.embedding_norm=0,0.1",
+                    lines=3,
+                    elem_id="sweep-values",
+                )
+                sweep = gr.Button("Start the sweep", size="sm", elem_id="sweep-start")
+                sweep_error = gr.HTML(elem_id="sweep-error")
         with gr.Column(scale=3, min_width=320, elem_classes="sd-live"):
             status = gr.HTML(live.NO_RUN, elem_id="status", apply_default_css=False)
             with gr.Row(elem_classes="sd-actions"):
@@ -126,7 +138,7 @@ def build(places: Places, current: gr.Textbox) -> Screen:
     draft = gr.BrowserState({}, storage_key="sdlora-draft", secret="sdlora")  # kept by the browser, and read by nobody else
     fields = [base, folder, trigger, name]
     everything = [preset, over, *fields, told]
-    texts_of_file = [toml, path]
+    other_texts = [toml, path, values]
     shown_live = [status, parts, of_use, sent]
 
     def chosen(preset: str, over: list[str], *values: Any) -> Config:
@@ -156,6 +168,14 @@ def build(places: Places, current: gr.Textbox) -> Screen:
         except SdloraError as problem:
             return gr.skip(), gr.skip(), gr.skip(), markup.error(str(problem))
         return run.folder.name, folder, None, ""
+
+    def begin_sweep(values: str, dropped: list[str] | None, preset: str, over: list[str], base: str, folder: str, *others: Any) -> Any:
+        try:
+            if dropped:
+                folder = str(keep(dropped, places))
+            return launch.begin_sweep(places, chosen(preset, over, base, folder, *others), values), folder, None, ""
+        except SdloraError as problem:
+            return gr.skip(), gr.skip(), gr.skip(), markup.error(str(problem))
 
     def pick(preset: str, over: list[str], *values: Any) -> tuple[Any, ...]:
         """What was typed stays, and what still says what the preset before said follows the new one."""
@@ -245,19 +265,19 @@ def build(places: Places, current: gr.Textbox) -> Screen:
         return ""
 
     def remember(*values: Any) -> Told:
-        *others, told, toml, path = values
-        return dict(zip(KEPT, (*others, told["told"], toml, path), strict=True))
+        *others, told, toml, path, sweep = values
+        return dict(zip(KEPT, (*others, told["told"], toml, path, sweep), strict=True))
 
     def recall(draft: Told) -> tuple[Any, ...]:
         try:
-            preset, over, *own, told, toml, path = (draft[key] for key in KEPT)
+            preset, over, *own, told, toml, path, sweep = (draft[key] for key in KEPT)
             before = preset_texts(preset, over, places)
         except (KeyError, SdloraError):  # a first visit, another version's draft, or a preset that is gone
             return (gr.skip(),) * len(KEPT)
-        return gr.update(value=preset, info=form.presets()[preset]), over, *own, {"preset": before, "told": told}, toml, path
+        return gr.update(value=preset, info=form.presets()[preset]), over, *own, {"preset": before, "told": told}, toml, path, sweep
 
     def opened(request: gr.Request) -> str:
-        return request.query_params.get("run") or live.newest(places.runs)
+        return request.query_params.get("run") or live.newest(places.every_run())
 
     timer = gr.Timer(1.0)
     timer.tick(tick, [current, sent], shown_live, concurrency_limit=None, **QUIET)
@@ -268,6 +288,7 @@ def build(places: Places, current: gr.Textbox) -> Screen:
     begun = [current, folder, dropped, error]
     start.click(partial(begin, launch.train), [dropped, *everything], begun, api_visibility="private")
     wait.click(partial(begin, launch.queue_up), [dropped, *everything], begun, api_visibility="private")
+    sweep.click(begin_sweep, [values, dropped, *everything], [swept, folder, dropped, sweep_error], api_visibility="private")
     stop.click(stop_run, current, run_error, **QUIET)
     resume.click(resume_run, current, run_error, **QUIET)
     sample.click(lambda name: ask_run(name, "sample"), current, run_error, **QUIET)
@@ -278,7 +299,7 @@ def build(places: Places, current: gr.Textbox) -> Screen:
     apply.click(screen.use, screen.use_inputs, screen.use_outputs, **QUIET)
     load.click(load_toml, path, [toml, config_note], **QUIET)
     save.click(save_toml, [path, toml], config_note, **QUIET)
-    kept = [*everything, *texts_of_file]
+    kept = [*everything, *other_texts]
     gr.on([field.change for field in kept], remember, kept, draft, trigger_mode="always_last", **QUIET)
     here = gr.context.Context.root_block
     here.load(recall, draft, kept, **QUIET)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -121,14 +120,12 @@ def score(run: Run, step: int) -> float:
 
 def measured(run: Run, file: Path) -> dict[str, float]:
     """What the oracle says of a run's LoRA file, where it can: of the embedded model, and of the concept that it knows. Once for a file."""
-    path = file.with_suffix(".json")
     if run.config.model.base != "mini":
         return {}
-    if not path.exists():
-        program = [sys.executable, "-m", "sdlora.mini.measure", "--lora", str(file), "--json", str(path)]
+    if not grid.measured_in(file).exists():
+        program = [sys.executable, "-m", "sdlora.mini.measure", "--lora", str(file), "--json", str(grid.measured_in(file))]
         subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
-    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
-    return {"concept": found["concept"]["kind"], "kept": found["base prompts"]["kind"]} if "concept" in found else {}
+    return grid.measured(file)
 
 
 def write_plot(folder: Path, found: Mapping[str, Mapping[str, float]]) -> None:

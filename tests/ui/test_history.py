@@ -12,6 +12,7 @@ import pytest
 from sdlora_ui import history, launch, live, plots
 from sdlora_ui.history import History, Series
 from sdlora_ui.markup import duration, text
+from sdlora_ui.paths import Places
 
 from sdlora import config, events, run
 from sdlora.errors import TrainingError
@@ -159,11 +160,17 @@ def test_resuming_a_run_that_stops_leaves_its_stop_file(place: run.Run) -> None:
 
 
 def test_the_newest_run_is_the_one_in_training(place: run.Run) -> None:
+    folder = place.folder.parent
+    places = Places(folder, (folder,))
     older = place.folder.name
     place.claim(os.getpid())
     other = run.create(place.config)
     os.utime(other.folder / "config.toml", (time.time() + 10, time.time() + 10))
-    assert live.newest(place.folder.parent) == older
+    assert live.newest(places.every_run()) == older
     place.pid_file.unlink()
-    assert live.newest(place.folder.parent) == other.folder.name
-    assert live.newest(place.folder / "nowhere") == ""
+    assert live.newest(places.every_run()) == other.folder.name
+    output = place.config.output.model_copy(update={"runs": folder / "cat-sweep", "name": "00-rank-4"})
+    row = run.create(place.config.model_copy(update={"output": output}))
+    os.utime(row.folder / "config.toml", (time.time() + 20, time.time() + 20))
+    assert live.newest(places.every_run()) == "cat-sweep/00-rank-4" and places.run("cat-sweep/00-rank-4") == row
+    assert live.newest({}) == ""

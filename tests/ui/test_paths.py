@@ -137,7 +137,7 @@ def test_nothing_is_decoded(places: Places, text: str) -> None:
 
 
 def test_a_run_is_named_not_pointed_at(places: Places) -> None:
-    for name in ("_cache", "runs/a", "a/b", "/a", "."):
+    for name in ("_cache", "runs/a", "a/b", "/a", ".", "a-sweep/", "a-sweep/..", "../a-sweep/b", "a-sweep/b/c", "a-sweep\\b", "_a-sweep/b"):
         with pytest.raises(SdloraError, match="not the name of a run"):
             places.run(name)
 
