@@ -88,7 +88,8 @@ def view(places: Places, name: str | None) -> str:
             f'<img class="sd-effect" src="{text(file_url(path))}" alt="{about}"></a></figure>'
             for path, about in drawn
         )
-        return f"{standing(folder)}{table(rows)}{runs.losses_of(rows[: runs.COMPARED])}{pictures}"
+        parts = f"{standing(folder)}{table(rows)}{runs.losses_of(rows[: runs.COMPARED])}{pictures}"
+        return f'<div class="sd-parts">{parts}</div>'
     except SdloraError as problem:
         return markup.error(str(problem))
 

@@ -269,6 +269,26 @@ def test_runs_are_compared_and_deleted(page: sync_api.Page, place: Path) -> None
     assert not (place / "runs/two").exists() and (place / "runs/one").exists()
 
 
+def test_a_sweep_is_checked_begun_and_shown(page: sync_api.Page, place: Path) -> None:
+    page.get_by_label("Name").fill("grid")
+    set_options(page, SHORT)
+    page.locator("#sweep > button").click()
+    page.locator("#sweep-values textarea").fill("lora.rank=2,0")
+    page.locator("#sweep-start").click()
+    expect(page.locator("#sweep-error .sd-error")).to_contain_text("lora.rank = 0")
+    page.locator("#sweep-values textarea").fill("lora.rank=2,4")
+    page.locator("#sweep-start").click()
+    expect(page.locator("#sweeps-shown tbody tr")).to_have_count(2, timeout=LONG)
+    expect(page.locator("#sweeps-shown tbody tr").first).to_contain_text("running", timeout=LONG)
+    page.locator("#sweeps-stop").click()
+    expect(page.locator("#sweeps-message")).to_contain_text("It stops after this step")
+    expect(page.locator("#sweeps-shown tbody tr").first).to_contain_text("stopped", timeout=LONG)
+    assert [path.name for path in sorted((place / "runs/grid-sweep").glob("*-rank-*"))] == ["00-rank-2", "01-rank-4"]
+    page.locator("#sweeps-shown tbody a").first.click()
+    expect(page.locator("#status header b")).to_have_text("00-rank-2", timeout=LONG)
+    badge(page, "Stopped")
+
+
 def test_a_mistake_is_told_in_one_line_that_names_the_field(page: sync_api.Page, place: Path) -> None:
     before = sorted((place / "runs").glob("*"))
     for name, text, told in (
