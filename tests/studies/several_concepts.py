@@ -4,6 +4,9 @@
     python tests/studies/several_concepts.py --table    # only prints the table of tests/studies/several_concepts.jsonl
 
 The fish and the ladybug are kinds that the base model has never seen, each taught by 16 pictures under a rare word of its own.
+
+After 250 steps the oracle takes none of the ladybugs for one, though a person does: their spots are too vague, and it wants a kind to fit
+far better than any other. So the ladybug's column says nothing yet, and needs more steps or another kind. The other columns do.
 """
 
 from __future__ import annotations
