@@ -1,5 +1,6 @@
 """What the generate page asks for, and how it shows pictures."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,11 @@ def test_a_job_is_followed_to_its_end_or_cancelled(tmp_path: Path) -> None:
         job.start(["options"])
     assert "Looking" in job.status() and job.process is not None
     assert job.process.wait(60) == 2 and "sd-error" in job.status() and "none.safetensors" in job.status() and not job.is_done
-    job.start(["generate", "a cat", "--base", "mini", "--out", str(tmp_path)])  # seconds, so that it surely is at it
+    # A shell's background job ignores Ctrl-C, and so would what it starts; the page's server has a handler of its own.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        job.start(["generate", "a cat", "--base", "mini", "--out", str(tmp_path)])  # seconds, so that it surely is at it
+    finally:
+        signal.signal(signal.SIGINT, before)
     job.cancel()
     assert job.process.wait(60) != 0 and "was cancelled" in job.status()
