@@ -28,6 +28,7 @@ ROWS: dict[str, dict[str, str]] = {
     "prior 1 alone": OFF | {"loss.prior": "1"},
     "alpha not learned": OFF | {"lora.learned_alpha": "false"},
     "init orthonormal (down frozen)": OFF | {"lora.init": "orthonormal"},
+    "init contrast (down frozen)": OFF | {"lora.init": "contrast"},
     "init PiSSA": OFF | {"lora.init": "pissa"},
     "init LoRA-GA": OFF | {"lora.init": "gradient"},
     "DoRA": OFF | {"lora.kind": "dora"},
