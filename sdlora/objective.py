@@ -173,7 +173,6 @@ class Objective:
         """(B, 6), see Item.time_ids."""
         return torch.tensor([self.items[index].time_ids for index in indices], dtype=torch.float32, device=self.model.device)
 
-    @torch.no_grad()
     def ask_what_is_pinned(self, batch: int) -> None:
         """Let the model, as it is, predict for pinned prompts what the prior would ask with as many samples as the batch has."""
         prompts = self._pinned(batch, "prior", len(self.plan.batch(batch)))

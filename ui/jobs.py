@@ -53,13 +53,10 @@ class Job:
         """What it does, or how it ended, as HTML; "" before the first."""
         if self.process is None:
             return ""
+        said = live.last_said(self.log)
         if self.is_busy:
-            said = text(self.last_line() or "Loading ...")
-            passed = duration(time.monotonic() - self.began)
-            return f'<div class="sd-job" role="status"><i></i><b>{text(self.what)}</b><span>{passed}</span><code>{said}</code></div>'
+            passed, last = duration(time.monotonic() - self.began), text(said or "Loading ...")
+            return f'<div class="sd-job" role="status"><i></i><b>{text(self.what)}</b><span>{passed}</span><code>{last}</code></div>'
         if self.is_cancelled:
             return markup.note(f"{self.what} was cancelled.")
-        return markup.note(self.last_line()) if self.is_done else markup.error(self.last_line() or "It ended without a word.")
-
-    def last_line(self) -> str:
-        return next((line for line in reversed(live.tail(self.log)) if line.strip()), "").removeprefix("sdlora: ")
+        return markup.note(said) if self.is_done else markup.error(said or "It ended without a word.")

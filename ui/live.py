@@ -187,6 +187,11 @@ def tail(path: Path) -> list[str]:
         return []
 
 
+def last_said(log: Path) -> str:
+    """The last line of a command's log that says something, without the program's name; "" where none does."""
+    return next((line for line in reversed(tail(log)) if line.strip()), "").removeprefix("sdlora: ")
+
+
 def newest(runs: dict[str, Run]) -> str:
     """Name of the run in training, or of the last that was, "" where there is none."""
     training = {name: run for name, run in runs.items() if run.trained_by() is not None}

@@ -96,7 +96,7 @@ def view(places: Places, name: str | None) -> str:
 
 def standing(folder: Path) -> str:
     """What its process does, or said last."""
-    said = next((line for line in reversed(live.tail(folder / launch.SWEEP_LOG)) if line.strip()), "").removeprefix("sdlora: ")
+    said = live.last_said(folder / launch.SWEEP_LOG)
     if Run(folder).trained_by() is not None:
         return f'<div class="sd-job" role="status"><i></i><b>{text(folder.name)}</b><code>{text(said)}</code></div>'
     return markup.note(said)
@@ -120,7 +120,7 @@ def table(rows: list[Run]) -> str:
             link,
             f'<span class="sd-badge {word}">{word}</span>',
             *(text(texts[option]) for option in options),
-            *(f"{figures[name]:.4g}" if name in figures else "" for name in names),
+            *(grid.cell(figures[name]) if name in figures else "" for name in names),
         )
         body += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     return f'<div class="sd-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -142,8 +142,7 @@ def contrast(weight: Tensor, statistic: Tensor, rank: int, scale: float, generat
     LoRA-Null (Tang et al. 2025, arXiv 2503.02659) freezes down in the null space of the inputs that must not change, and InfLoRA (Liang
     and Li 2024, arXiv 2404.00228) where also the new task has inputs; few inputs of a UNet have a null space, so it is a ratio here.
     """
-    start = _beside_kaiming(weight, rank, scale, generator, statistic[:rank], weight.new_zeros(weight.shape[0], 0))
-    return replace(start, train_down=False)
+    return replace(activation(weight, statistic, rank, scale, generator), train_down=False)
 
 
 def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from study import Figures, Study, export_of, intruders, judged, repaired
+from study import LOOSE, Figures, Study, export_of, intruders, judged, repaired
 
 USUAL = {
     "lora.alpha": "16",
@@ -41,7 +41,6 @@ COLUMNS = {
     "kept, taken out": ("kept, taken out", 100.0, 0),
     "concept, taken out": ("concept, taken out", 100.0, 0),
 }
-LOOSE = 0.8  # the paper's threshold of 0.5 hardly finds any on this model
 REPAIRS = {"halved": 0.5, "taken out": 0.0}
 ASKED_SEED = 40_000  # of prompts that leakage is measured on, which nothing else uses
 

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
-from study import Figures, Study, export_of, intruders, judged, repaired
+from study import LOOSE, Figures, Study, export_of, intruders, judged, repaired
+
+from sdlora.analysis import THRESHOLD
 
 PICTURES = 60  # of known things, and as many of the fish
-THRESHOLD, LOOSE = 0.5, 0.8  # the paper's, and one that also finds what is half new
 # The UNet's matrices alone, with nothing that would keep the base whole
 SHARED = {
     "lora.text_encoder": "[]",
