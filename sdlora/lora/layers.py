@@ -92,6 +92,8 @@ class Adapter(nn.Module):
         """x through another weight of the base's shape, without bias."""
         weight = weight.to(x.dtype)
         if isinstance(self.base, nn.Conv2d):
+            if weight.shape[2:] == (1, 1) and self.base.stride == (1, 1) and self.base.padding == (0, 0):
+                return pointwise(x, weight)
             return F.conv2d(x, weight, stride=self.base.stride, padding=self.base.padding, dilation=self.base.dilation)
         return F.linear(x, weight)
 
@@ -137,7 +139,7 @@ class LoraLayer(Adapter):
         self.folded: Tensor | None
         self.register_buffer("initial_down", self.down.detach().clone() if start.subtract else None)
         self.register_buffer("initial_up", (self.up.detach() * (alpha * scale_of_one)).clone() if start.subtract else None)
-        self.register_buffer("folded", torch.zeros_like(base.weight, dtype=torch.float32) if folds else None)
+        self.register_buffer("folded", _zeros_as(base.weight) if folds else None)
 
     def _shaped(self, start: Start) -> tuple[Tensor, Tensor]:
         weight = self.base.weight
@@ -168,7 +170,7 @@ class LoraLayer(Adapter):
                 ranks = torch.cat([ranks, ranks], dim=1)  # of start and subtracted start alike
             hidden = hidden * (ranks[:, :, None, None] if is_convolution else ranks.view(-1, *[1] * (x.dim() - 2), ranks.shape[1]))
         up = up.to(hidden.dtype)
-        update = F.conv2d(hidden, up) if is_convolution else F.linear(hidden, up)
+        update = pointwise(hidden, up) if is_convolution else F.linear(hidden, up)
         if draws is not None and self.dropouts.module:
             update = update * (torch.rand((), generator=draws, device=x.device) >= self.dropouts.module)
         return update if self.folded is None else update + self.through(x, self.folded)
@@ -254,7 +256,7 @@ class FullLayer(Adapter):
 
     def __init__(self, base: nn.Linear | nn.Conv2d, train_bias: bool = False):
         super().__init__(base, train_bias)
-        self.delta = nn.Parameter(torch.zeros_like(base.weight, dtype=torch.float32))
+        self.delta = nn.Parameter(_zeros_as(base.weight))
 
     def adapted(self, x: Tensor) -> Tensor:
         return self.base(x) + self.through(x, self.delta)  # type: ignore[no-any-return]
@@ -333,6 +335,16 @@ class NormAdapter(Adapter):
 
     def change(self) -> Change:
         return Change(weight=self.weight_delta.detach().float().cpu().clone(), bias=self.bias_change())
+
+
+def pointwise(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, I, h, w) through (O, I, 1, 1): as a product, which takes half as long in bf16 on a CPU as a convolution."""
+    return (weight.flatten(1) @ x.flatten(2)).view(len(x), -1, *x.shape[2:])
+
+
+def _zeros_as(weight: Tensor) -> Tensor:
+    """Of its shape, in fp32, and lying in the usual order even where a wide convolution's weight does not: files hold no other."""
+    return torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def _mask(shape: tuple[int, ...] | torch.Size, share: float, generator: torch.Generator, like: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def load(
     if base_precision != "same" or offload:
         packed.pack(found.unet, base_precision, offload)
     if device.type == "cpu":
-        convolutions.widen(found.unet)
+        convolutions.as_products(found.unet)
     if vae_tile is not None:
         images.tile(found.vae, vae_tile)
     if attention == "xformers":
