@@ -13,6 +13,7 @@ processors, which others on the machine change less than what a clock says; unti
 * example: what example scripts do: peft's layers, AdamW, the picture and its caption encoded anew in each step;
 * cached: the same loop with latents and embeddings computed before;
 * bare: forward and backward of diffusers' UNet without any adapter, nothing learned;
+* floor: as many operations as bare, in square products of matrices: what the processor can do at best;
 * text, text and norms: ours with LoRAs on the text encoder too, without and with the embedding-norm loss;
 * rank 4, rank 128, batch of 2, batch of 4: ours.
 """
@@ -123,18 +124,38 @@ def peft_loop(options: argparse.Namespace, folder: Path, cached: bool) -> Iterat
 
 
 def bare(options: argparse.Namespace, folder: Path) -> Iterator[None]:
-    import torch
     from diffusers import UNet2DConditionModel
 
-    device, dtype = options.device, dtype_of(options)
-    unet: Any = UNet2DConditionModel.from_pretrained(base_of(options) / "unet", torch_dtype=dtype).to(device).requires_grad_(False)
-    side = options.pixels // 8 if options.model != "mini" else options.pixels // 4
+    unet: Any = UNet2DConditionModel.from_pretrained(base_of(options) / "unet", torch_dtype=dtype_of(options))
+    return forward_and_backward(unet.to(options.device).requires_grad_(False), options, dtype_of(options))
+
+
+def forward_and_backward(unet: Any, options: argparse.Namespace, dtype: Any) -> Iterator[None]:
+    import torch
+
+    side, device = options.pixels // (4 if options.model == "mini" else 8), unet.device
     while True:
         shapes = ((options.batch, 4, side, side), (options.batch, 77, unet.config.cross_attention_dim))
         latents, embeds = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
         loss = unet(latents, torch.full((options.batch,), 500, device=device), embeds).sample.float().square().mean()
         loss.backward()
-        loss.item()
+        yield
+
+
+def floor(options: argparse.Namespace, folder: Path) -> Iterator[None]:
+    import torch
+    from diffusers import UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base_of(options) / "unet")).requires_grad_(False)
+        with FlopCounterMode(display=False) as counted:
+            next(forward_and_backward(unet, options, torch.float32))
+    side = 2048
+    left, right = (torch.randn(side, side, device=options.device, dtype=dtype_of(options)) for _ in range(2))
+    while True:
+        for _ in range(round(counted.get_total_flops() / (2 * side**3))):
+            left @ right
         yield
 
 
@@ -148,7 +169,7 @@ CHANGES: dict[str, dict[str, object]] = {  # of ours
     "batch of 4": {"batch_size": 4},
 }
 Way = Callable[[argparse.Namespace, Path], Iterator[None]]
-USUAL: dict[str, Way] = {"ours": ours, "example": example, "cached": cached, "bare": bare}
+USUAL: dict[str, Way] = {"ours": ours, "example": example, "cached": cached, "bare": bare, "floor": floor}
 SIDES: dict[str, Way] = USUAL | {name: partial(ours, **changes) for name, changes in CHANGES.items()}
 
 
