@@ -149,9 +149,16 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
 # ---------------------------------------------------------------- successive halving (Jamieson & Talwalkar 2016)
 
 
-def halvings(share: float) -> list[float]:
-    """Shares of the steps after each of which half of the rows go: this one, and its doublings below all of them."""
-    found = [share]
+def halvings(share: str) -> list[float]:
+    """Shares of the steps after each of which half of the rows go: this one, and its doublings below all of them. Raises ConfigError."""
+    try:
+        found = [float(share)]
+    except ValueError:
+        found = [0.0]
+    if not 0 < found[0] < 1:
+        raise ConfigError(
+            f"--halve: {share!r} is not a number between 0 and 1, the share of the steps after which the worse half is dropped first."
+        )
     while 2 * found[-1] < 1:
         found.append(2 * found[-1])
     return found

@@ -65,7 +65,7 @@ def test_the_front_is_what_no_other_beats() -> None:
 
 
 def test_half_of_the_rows_go_at_each_doubling() -> None:
-    assert halvings(0.25) == [0.25, 0.5] and halvings(0.5) == [0.5] and halvings(0.3) == [0.3, 0.6]
+    assert halvings("0.25") == [0.25, 0.5] and halvings("0.5") == [0.5] and halvings("0.3") == [0.3, 0.6]
     assert better_half({"a": 0.1, "b": 0.3, "c": 0.2, "d": 0.0}) == ["b", "c"]
     assert better_half({"a": 0.1, "b": 0.1, "c": 0.2}) == ["c", "a"]
 

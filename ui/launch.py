@@ -30,6 +30,7 @@ from .paths import Places
 NICE = 5
 # In a sweep's folder: what all rows share, the values of a sweep that the page has begun, and what is said of it.
 SWEEP_CONFIG, SWEEP_VALUES, SWEEP_LOG = "sweep.toml", "sweep.txt", "log.txt"
+HALVE = "halve"  # among options and values: the share that --halve takes
 WATCH_SECONDS = 10.0  # longer than a process takes to begin, so that not two of them do
 
 
@@ -61,9 +62,9 @@ def keep_working(folder: Path) -> None:
 
 
 def begin_sweep(places: Places, config: Config, lines: str) -> str:
-    """Start a sweep in a new folder, whose name is returned. Raises ConfigError, and leaves nothing, where one of its rows would be
-    refused."""
-    chosen = [line.strip() for line in lines.splitlines() if line.strip()]
+    """Start a sweep in a new folder, whose name is returned. `lines`: options and their values, and perhaps halve=0.25. Raises ConfigError,
+    and leaves nothing, where one of its rows would be refused."""
+    chosen, halvings = asked_of(lines)
     if not chosen:
         raise ConfigError("Sweep is empty: write an option and its values, a line each, as lora.rank=4,16,64.")
     named = (config.output.name if number == 1 else f"{config.output.name}-{number}" for number in count(1))
@@ -73,9 +74,12 @@ def begin_sweep(places: Places, config: Config, lines: str) -> str:
     folder.mkdir(parents=True)
     try:
         write_durably(folder / SWEEP_CONFIG, configs.dump(config).encode())
-        write_durably(folder / SWEEP_VALUES, "\n".join(chosen).encode())
-        for row in grid.rows_of([folder / SWEEP_CONFIG], [], [grid.split(line) for line in chosen]):
-            places.check(row.config)
+        write_durably(folder / SWEEP_VALUES, lines.encode())
+        rows = [row.config for row in grid.rows_of([folder / SWEEP_CONFIG], [], [grid.split(line) for line in chosen])]
+        for row in rows:
+            places.check(row)
+        if halvings:
+            grid.require_judge(rows, grid.halvings(halvings[-1])[0])
         sweep(folder)
     except SdloraError:
         shutil.rmtree(folder)
@@ -89,9 +93,17 @@ def sweep(folder: Path) -> None:
         raise ConfigError(f"{folder.name} was begun by a command: the same command goes on with it.")
     if Run(folder).trained_by() is not None or any(row.trained_by() is not None for row in rows_of(folder)):
         raise ConfigError(f"{folder.name} is in training already.")
-    lines = (folder / SWEEP_VALUES).read_text(encoding="utf-8").splitlines()
-    process = spawn(["sweep", str(folder / SWEEP_CONFIG), *(f"--set={line}" for line in lines)], folder / SWEEP_LOG)
+    chosen, halvings = asked_of((folder / SWEEP_VALUES).read_text(encoding="utf-8"))
+    flags = [*(f"--set={line}" for line in chosen), *(f"--halve={share}" for share in halvings)]
+    process = spawn(["sweep", str(folder / SWEEP_CONFIG), *flags], folder / SWEEP_LOG)
     Run(folder).claim(process.pid)
+
+
+def asked_of(lines: str) -> tuple[list[str], list[str]]:
+    """Of a sweep: options with their values, and shares of the steps after which its worse half goes."""
+    asked = [line.strip() for line in lines.splitlines() if line.strip()]
+    halvings = [line for line in asked if line.partition("=")[0].strip() == HALVE]
+    return [line for line in asked if line not in halvings], [line.partition("=")[2].strip() for line in halvings]
 
 
 def rows_of(sweep: Path) -> list[Run]:

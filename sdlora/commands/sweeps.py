@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sdlora import events, grid
 from sdlora.commands import OPTION_HELP, Commands
-from sdlora.commands.terminal import quiet_libraries, say, share, shown
+from sdlora.commands.terminal import quiet_libraries, say, shown
 from sdlora.commands.training import follow_training
 from sdlora.errors import ConfigError, TrainingError
 from sdlora.files import write_durably
@@ -35,7 +35,7 @@ def sweep_command(parsed: argparse.Namespace) -> int:
     chosen = [grid.split(value) for name, value in parsed.flags if name == "set"]
     if not chosen:
         raise ConfigError("--set: say which options vary, as --set lora.rank=4,16,64.")
-    halvings = halvings_of([value for name, value in parsed.flags if name == "halve"])
+    halvings = next((grid.halvings(value) for name, value in reversed(parsed.flags) if name == "halve"), [])
     rows = grid.rows_of(parsed.config, [flag for flag in parsed.flags if flag[0] not in ("set", "halve")], chosen)
     if halvings:
         grid.require_judge([row.config for row in rows], halvings[0])
@@ -87,14 +87,6 @@ def train_all(made: Mapping[str, Run], halvings: Sequence[float]) -> tuple[dict[
 def has_come(run: Run, step: int) -> bool:
     """So far, and what was learned until then is written."""
     return run.export.exists() or (step < run.config.train.steps and grid.came_to(run, step) is not None)
-
-
-def halvings_of(values: Sequence[str]) -> list[float]:
-    """Of --halve, where it is given: shares of the steps."""
-    try:
-        return grid.halvings(share(values[-1])) if values else []
-    except argparse.ArgumentTypeError as error:
-        raise ConfigError(f"--halve: {error}: it is the share of the steps after which the worse half is dropped first.") from None
 
 
 def worse_half(going: Mapping[str, Run], part: float) -> dict[str, int]:

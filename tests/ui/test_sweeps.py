@@ -55,6 +55,9 @@ def test_a_sweep_is_checked_as_a_whole_and_begun_in_a_new_folder(places: Places,
     with pytest.raises(ConfigError, match="in training already"):
         launch.sweep(folder)
     assert launch.begin_sweep(places, common, "lora.rank=4") == "cat-2-sweep"
+    holding = common.model_copy(update={"data": common.data.model_copy(update={"holdout": 3})})
+    assert launch.begin_sweep(places, holding, "lora.rank=4,8\nhalve = 0.5") == "cat-3-sweep"
+    assert asked[2][2:] == ["--set=lora.rank=4,8", "--halve=0.5"]
     for wrong, told in (
         ("", "Sweep is empty"),
         ("lora.rank", "write an option and its values"),
@@ -62,10 +65,14 @@ def test_a_sweep_is_checked_as_a_whole_and_begun_in_a_new_folder(places: Places,
         ("lora.ranks=4", "lora.ranks"),
         ("data.folder=/etc,/", "lies outside"),
         ("model.base=mini,../x", "model.base"),
+        ("halve=0.5", "Sweep is empty"),
+        ("lora.rank=4,8\nhalve=2", "between 0 and 1"),
     ):
         with pytest.raises(ConfigError, match=told):
             launch.begin_sweep(places, common, wrong)
-    assert len(asked) == 2 and len(grid.folders(places.runs)) == 2
+    with pytest.raises(ConfigError, match=r"set train\.validate_every"):
+        launch.begin_sweep(places, holding, "lora.rank=4,8\nhalve=0.001")
+    assert len(asked) == 3 and len(grid.folders(places.runs)) == 3
     (folder / "sweep.txt").unlink()
     with pytest.raises(ConfigError, match="the same command goes on"):
         launch.sweep(folder)
