@@ -27,7 +27,8 @@ def circumstances(config: Config, model: Model, processes: Processes) -> dict[st
     """What a run's bits depend on beside its state."""
     options = {f"{section}.{key}": value for section, of in config.model_dump(mode="json").items() for key, value in of.items()}
     about = {"sdlora": __version__, "torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(model.device)}
-    return about | {"processes": processes.count} | options
+    processor = torch.backends.cpu.get_cpu_capability()  # the widest instructions that PyTorch's own kernels take
+    return about | {"processes": processes.count, "processor": processor} | options
 
 
 def reservations(newest: Checkpoint, here: Mapping[str, Any]) -> Iterator[events.Warned]:
