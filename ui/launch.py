@@ -91,12 +91,16 @@ def sweep(folder: Path) -> None:
     """Begin a sweep, or go on with it. Raises ConfigError where a process does so, or where the page has not begun it."""
     if not (folder / SWEEP_VALUES).is_file():
         raise ConfigError(f"{folder.name} was begun by a command: the same command goes on with it.")
-    if Run(folder).trained_by() is not None or any(row.trained_by() is not None for row in rows_of(folder)):
+    if in_training(folder):
         raise ConfigError(f"{folder.name} is in training already.")
     chosen, halvings = asked_of((folder / SWEEP_VALUES).read_text(encoding="utf-8"))
     flags = [*(f"--set={line}" for line in chosen), *(f"--halve={share}" for share in halvings)]
     process = spawn(["sweep", str(folder / SWEEP_CONFIG), *flags], folder / SWEEP_LOG)
     Run(folder).claim(process.pid)
+
+
+def in_training(sweep: Path) -> bool:
+    return any(run.trained_by() is not None for run in (Run(sweep), *rows_of(sweep)))
 
 
 def asked_of(lines: str) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -34,10 +35,7 @@ def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab, scree
             resume = gr.Button("Resume", size="sm", elem_id="runs-resume")
             again = gr.Button("Duplicate", size="sm", elem_id="runs-again")
             delete = gr.Button("Delete ...", size="sm", variant="stop", elem_id="runs-delete")
-        with gr.Row(visible=False, elem_classes="sd-tools", elem_id="runs-confirm") as confirming:
-            question = gr.HTML(elem_id="runs-question")
-            yes = gr.Button("Delete it for good", size="sm", variant="stop", elem_id="runs-yes")
-            no = gr.Button("Keep it", size="sm", elem_id="runs-no")
+        confirming, question, yes = confirmation("runs")
         with gr.Row(elem_classes="sd-tools"):
             waits = gr.HTML(elem_id="runs-queue", apply_default_css=False)
             add = gr.Button("Queue it", size="sm", elem_id="runs-add")
@@ -94,7 +92,7 @@ def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab, scree
             run = idle(places, name)
         except SdloraError as problem:
             return gr.update(visible=False), "", markup.error(str(problem))
-        return gr.update(visible=True), question_about(run), ""
+        return gr.update(visible=True), question_about(run.folder), ""
 
     def delete_run(name: str) -> tuple[Any, str]:
         try:
@@ -122,7 +120,6 @@ def build(places: Places, current: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab, scree
     ):
         button.click(partial(queued, how=how), chosen, [waits, message], **QUIET)
     delete.click(ask, chosen, [confirming, question, message], **QUIET)
-    no.click(lambda: gr.update(visible=False), None, confirming, **QUIET)
     yes.click(delete_run, chosen, [confirming, message], **QUIET).then(refresh, [chosen, several], listing, **QUIET)
     return timer
 
@@ -139,9 +136,19 @@ def idle(places: Places, name: str) -> Run:
     return run
 
 
-def question_about(run: Run) -> str:
-    size = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
-    return f'<p class="sd-note">Delete <b>{text(run.folder.name)}</b>, {size / 2**20:.1f} MiB with its checkpoints and its LoRA?</p>'
+def confirmation(page: str) -> tuple[gr.Row, gr.HTML, gr.Button]:
+    """A hidden row that asks once more before something is deleted: itself, its question, and the button that means yes."""
+    with gr.Row(visible=False, elem_classes="sd-tools", elem_id=f"{page}-confirm") as row:
+        question = gr.HTML(elem_id=f"{page}-question")
+        yes = gr.Button("Delete it for good", size="sm", variant="stop", elem_id=f"{page}-yes")
+        no = gr.Button("Keep it", size="sm", elem_id=f"{page}-no")
+    no.click(lambda: gr.update(visible=False), None, row, **QUIET)
+    return row, question, yes
+
+
+def question_about(folder: Path) -> str:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f'<p class="sd-note">Delete <b>{text(folder.name)}</b>, {size / 2**20:.1f} MiB with its checkpoints and its LoRAs?</p>'
 
 
 # ---------------------------------------------------------------- HTML

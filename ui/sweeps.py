@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from sdlora import grid
-from sdlora.errors import SdloraError
+from sdlora.errors import ConfigError, SdloraError
 from sdlora.run import Run
 
 from . import form, history, launch, live, markup, runs
@@ -29,6 +30,8 @@ def build(places: Places, begun: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab, timer: 
             chosen = gr.Dropdown([], label="Sweep", elem_id="sweeps-chosen", scale=2)
             resume = gr.Button("Go on", size="sm", elem_id="sweeps-resume")
             stop = gr.Button("Stop and save", size="sm", elem_id="sweeps-stop")
+            delete = gr.Button("Delete ...", size="sm", variant="stop", elem_id="sweeps-delete")
+        confirming, question, yes = runs.confirmation("sweeps")
         message = gr.HTML(elem_id="sweeps-message")
         shown = gr.HTML(EMPTY, elem_id="sweeps-shown", apply_default_css=False)
 
@@ -53,12 +56,35 @@ def build(places: Places, begun: gr.Textbox, tabs: gr.Tabs, tab: gr.Tab, timer: 
             row.ask_to_stop()
         return markup.note("It stops after this step." if training else "None of its rows is in training.")
 
+    def ask(name: str | None) -> tuple[Any, str, str]:
+        try:
+            return gr.update(visible=True), runs.question_about(idle(places, name)), ""
+        except SdloraError as problem:
+            return gr.update(visible=False), "", markup.error(str(problem))
+
+    def delete_sweep(name: str | None) -> tuple[Any, str]:
+        try:
+            shutil.rmtree(idle(places, name))
+        except SdloraError as problem:
+            return gr.update(visible=False), markup.error(str(problem))
+        return gr.update(visible=False), markup.note(f"{name} is deleted.")
+
     tab.select(refresh, chosen, [chosen, shown], **QUIET)
     timer.tick(lambda name: view(places, name), chosen, shown, **QUIET)
     chosen.input(lambda name: view(places, name), chosen, shown, **QUIET)
     begun.change(refresh, begun, [chosen, shown], **QUIET).then(lambda: gr.update(selected="runs"), None, tabs, **QUIET)
     resume.click(go_on, chosen, message, **QUIET)
     stop.click(end, chosen, message, **QUIET)
+    delete.click(ask, chosen, [confirming, question, message], **QUIET)
+    yes.click(delete_sweep, chosen, [confirming, message], **QUIET).then(refresh, chosen, [chosen, shown], **QUIET)
+
+
+def idle(places: Places, name: str | None) -> Path:
+    """Its folder. Raises ConfigError where there is none, or something trains in it."""
+    folder = places.sweep(name or "")
+    if launch.in_training(folder):
+        raise ConfigError(f"{name} is in training: stop it first.")
+    return folder
 
 
 @lru_cache(maxsize=256)

@@ -287,6 +287,13 @@ def test_a_sweep_is_checked_begun_and_shown(page: sync_api.Page, place: Path) ->
     page.locator("#sweeps-shown tbody a").first.click()
     expect(page.locator("#status header b")).to_have_text("00-rank-2", timeout=LONG)
     badge(page, "Stopped")
+    page.get_by_role("tab", name="Runs").click()
+    page.locator("#sweeps-delete").click()
+    expect(page.locator("#sweeps-question")).to_contain_text("grid-sweep")
+    page.locator("#sweeps-yes").click()
+    expect(page.locator("#sweeps-message")).to_contain_text("grid-sweep is deleted")
+    expect(page.locator("#sweeps-shown")).to_contain_text("No sweep yet")
+    assert not (place / "runs/grid-sweep").exists()
 
 
 def test_a_mistake_is_told_in_one_line_that_names_the_field(page: sync_api.Page, place: Path) -> None:

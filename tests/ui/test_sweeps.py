@@ -98,6 +98,21 @@ def flags(common: Config) -> list[tuple[str, str]]:
     return [("data.folder", str(FISH)), ("output.runs", str(common.output.runs)), ("output.name", "cat")]
 
 
+def test_one_in_training_is_not_deleted(places: Places, common: Config, asked: list[list[str]]) -> None:
+    name = launch.begin_sweep(places, common, "lora.rank=4,16")
+    with pytest.raises(ConfigError, match="stop it first"):
+        sweeps.idle(places, name)
+    Run(places.runs / name).pid_file.unlink()
+    row = grid.rows_of([places.runs / name / "sweep.toml"], [], [("lora.rank", ["4"])])[0].run()
+    assert sweeps.idle(places, name) == places.runs / name
+    row.claim(os.getpid())
+    with pytest.raises(ConfigError, match="stop it first"):
+        sweeps.idle(places, name)
+    for wrong in (None, "..", "cat"):
+        with pytest.raises(ConfigError, match="not the name of a sweep"):
+            sweeps.idle(places, wrong)
+
+
 def test_nothing_but_a_sweep_is_one(places: Places, common: Config) -> None:
     assert sweeps.view(places, None) == sweeps.EMPTY
     (places.runs / "a-sweep").mkdir(parents=True)
