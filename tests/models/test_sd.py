@@ -16,7 +16,7 @@ from tiny import build_model
 from sdlora.adapt import heard
 from sdlora.errors import ConfigError, WeightsError
 from sdlora.lora.targets import find_targets
-from sdlora.models import families
+from sdlora.models import convolutions, families
 from sdlora.models.family import PicturePrompt
 from sdlora.models.images import encode_images
 from sdlora.models.sampling import generate
@@ -220,3 +220,14 @@ def test_pictures_are_rgb(tiny: Path) -> None:
     family, model = families.load(str(tiny), torch.float32, CPU)
     (drawn,) = generate(family, model, [PicturePrompt("a", steps=1)])
     assert isinstance(drawn, Image.Image) and drawn.mode == "RGB"
+
+
+def test_weights_put_into_another_order_leave_their_file_as_it_is(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may lie in memory that is mapped to it."""
+    file = tiny / "unet" / "diffusion_pytorch_model.safetensors"
+    before = file.read_bytes()
+    monkeypatch.setattr(convolutions, "LEAST_WEIGHTS", 1)
+    _, model = families.load(str(tiny), torch.float32, CPU)
+    assert any(isinstance(module, convolutions.WideConv2d) for module in model.parts["unet"].modules())
+    del model
+    assert file.read_bytes() == before
