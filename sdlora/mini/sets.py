@@ -17,7 +17,7 @@ from PIL import Image
 from sdlora.mini import world
 
 # A kind that the base model never saw -> what captions call it: a rare word before the noun
-TRIGGERS = {"fish": "ohwx fish", "ladybug": "sks ladybug"}
+TRIGGERS = {"fish": "ohwx fish", "bear": "sks bear"}
 SEEN_BACKGROUNDS = ("white", "blue", "green", "yellow")  # of a concept; the other four stay unseen, to examine what was learned
 STYLE_KINDS = 12
 STYLE_KINDS_SEED = 39  # a shuffle whose first twelve vanish in Noto's drawing only where they do in Fluent's

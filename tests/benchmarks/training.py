@@ -151,10 +151,11 @@ def floor(options: argparse.Namespace, folder: Path) -> Iterator[None]:
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base_of(options) / "unet")).requires_grad_(False)
         with FlopCounterMode(display=False) as counted:
             next(forward_and_backward(unet, options, torch.float32))
-    side = 2048
+    operations = counted.get_total_flops()
+    side = 2048 if operations > 100 * 2048**3 else 256  # a model as small as the embedded one
     left, right = (torch.randn(side, side, device=options.device, dtype=dtype_of(options)) for _ in range(2))
     while True:
-        for _ in range(round(counted.get_total_flops() / (2 * side**3))):
+        for _ in range(round(operations / (2 * side**3))):
             left @ right
         yield
 

@@ -12,22 +12,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from study import LOOSE, Figures, Study, export_of, intruders, judged, repaired
+from study import LOOSE, Figures, Study, export_of, intruders, judged, repaired, usual
 
-USUAL = {
-    "lora.alpha": "16",
-    "lora.scaling": "standard",
-    "lora.learned_alpha": "false",
-    "loss.prior": "0",
-    "loss.embedding_norm": "0",
-}
-
-
-def at(rate: str) -> dict[str, str]:
-    return USUAL | {"optimizer.rate": rate, "optimizer.text_encoder_rate": rate}
-
-
-ROWS = {"preset": {}, "usual recipe, rate 1.6e-3": at("1.6e-3"), "usual recipe, rate 1e-4": at("1e-4")}
+ROWS = {"preset": {}, "usual recipe, rate 1.6e-3": usual("1.6e-3"), "usual recipe, rate 1e-4": usual("1e-4")}
 COLUMNS = {
     "concept right": ("concept", 100.0, 0),
     "known things kept": ("kept", 100.0, 0),

@@ -5,7 +5,7 @@
 
 Conditions were looked for in which intruders appear, on seed 777: rank 1 at 5e-3 had 0.03 a layer, and drew 4 of 40 fish on prompts that
 nothing here uses. At 2e-2, and with rank 16 at a scale of 1/16, the loss fell over 100 steps about as in full fine-tuning. The rates of the
-rows from the fourth on were not tried.
+rows from the fourth on were not tried before.
 """
 
 from __future__ import annotations

@@ -122,6 +122,12 @@ class Study:
         return True
 
 
+def usual(rate: str) -> dict[str, str]:
+    """The field's usual recipe: alpha as the rank, one rate for UNet and text encoder, nothing that keeps the base."""
+    plain = {"lora.alpha": "16", "lora.scaling": "standard", "lora.learned_alpha": "false"}
+    return plain | {"loss.prior": "0", "loss.embedding_norm": "0", "optimizer.rate": rate, "optimizer.text_encoder_rate": rate}
+
+
 def export_of(folder: Path) -> Path:
     return folder / f"{folder.name}.safetensors"
 
