@@ -1,4 +1,4 @@
-"""Convolutions of wide layers over few pixels, on a CPU, as one product of matrices.
+"""Convolutions as products of matrices, on a CPU: of wide layers over few pixels, and in bf16 those of 1 x 1.
 
 oneDNN computes in a layout of its own and re-orders a plain weight to it at every call, forward and backward: for the 1280 x 1280 x 3 x 3
 numbers of an inner block of Stable Diffusion that takes many times as long as to convolve 8 x 8 pixels with them. A product reads the
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdlora.models.memory import in_onednn
 
-# As measured: with fewer weights, or more pixels, oneDNN is as quick.
+# As tests/benchmarks/convolutions.py measured: with fewer weights, or more pixels, oneDNN is as quick.
 LEAST_WEIGHTS = 640 * 1280 * 9
 MOST_PIXELS = 512  # of the output, over all pictures of a batch
 
@@ -104,6 +104,7 @@ def as_products(model: nn.Module) -> None:
 
 def to_channels_last(weight: Tensor) -> Tensor:
     """The same numbers in that order, in the same memory: a file that is mapped there would stay resident beside a copy."""
+    weight = weight.contiguous()
     moved = weight.flatten(2).transpose(1, 2).clone(memory_format=torch.contiguous_format)  # (O, kh * kw, I)
     weight.view(moved.shape).copy_(moved)
     return weight.view(len(weight), *weight.shape[2:], -1).permute(0, 3, 1, 2)
