@@ -192,14 +192,15 @@ def killed(folder: Path, export: Path, rng: random.Random, took: float) -> tuple
     os.close(writing)
     broken, saves = 0, rng.randint(1, 3) if rng.random() < IN_SAVE_AIMED else 0
     told, until = b"", None if saves else time.monotonic() + rng.uniform(0.2, 1) * took
-    while until is None or time.monotonic() < until:
-        if select.select([reading], [], [], 0.01)[0]:
+    while (left := 0.01 if until is None else until - time.monotonic()) > 0:
+        if select.select([reading], [], [], min(left, 0.01))[0]:
             more = os.read(reading, 100)
             if not more:
                 break  # it has ended
             told += more
         if until is None and told.count(b"(") >= saves:
-            until = time.monotonic() + rng.uniform(0, 0.03)
+            until = time.monotonic() + 0.03 * rng.random() ** 3  # a save takes 2 to 30 ms, as the machine is fast or slow
+            continue
         broken += not loads(export)
     os.kill(pid, signal.SIGKILL)
     died = wait(pid) == -signal.SIGKILL
