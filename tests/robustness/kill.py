@@ -50,7 +50,7 @@ plan.estimate_memory = lambda *_: 0  # a quarter of the time that so short a run
 
 Figures = dict[str, float]
 STEPS = 8  # of a run
-IN_SAVE_AIMED = 0.6  # share of the kills that wait for a save
+IN_SAVE = 0.6  # share of the kills that shall fall inside a save: while fewer have, the next waits for one
 
 
 # ---------------------------------------------------------------- a place with runs
@@ -170,7 +170,7 @@ def kills(place: Place, count: int, a_run: int, seed: int = 0) -> Figures:
         export = folder / "lora.safetensors"
         shutil.copy(earlier, export)
         for _ in range(a_run):
-            died, inside, broken = killed(folder, export, rng, took)
+            died, inside, broken = killed(folder, export, rng, took, found["inside a save"] <= IN_SAVE * found["kills"])
             found["kills"] += died
             found["inside a save"] += inside
             found["exports that did not load"] += broken
@@ -184,13 +184,13 @@ def kills(place: Place, count: int, a_run: int, seed: int = 0) -> Figures:
     return dict(found)
 
 
-def killed(folder: Path, export: Path, rng: random.Random, took: float) -> tuple[bool, bool, int]:
-    """Train and kill. Whether it died of that, whether that was in the midst of a save or an export, and how often the export could
-    not be loaded meanwhile."""
+def killed(folder: Path, export: Path, rng: random.Random, took: float, in_save: bool) -> tuple[bool, bool, int]:
+    """Train and kill, aiming at a save or not. Whether it died of that, whether that was in the midst of a save or an export, and how often
+    the export could not be loaded meanwhile."""
     reading, writing = os.pipe()
     pid = fork(lambda: watched(folder, writing))
     os.close(writing)
-    broken, saves = 0, rng.randint(1, 3) if rng.random() < IN_SAVE_AIMED else 0
+    broken, saves = 0, rng.randint(1, 3) if in_save else 0
     told, until = b"", None if saves else time.monotonic() + rng.uniform(0.2, 1) * took
     while (left := 0.01 if until is None else until - time.monotonic()) > 0:
         if select.select([reading], [], [], min(left, 0.01))[0]:

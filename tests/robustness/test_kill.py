@@ -23,7 +23,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, flo
 
 def test_killed_runs_end_in_the_same_bits_with_no_stray_files(figures: dict[str, dict[str, float]]) -> None:
     of = figures["SIGKILL"]
-    assert of["kills"] >= 20 and of["inside a save"] >= 2  # about 8; by chance, and fewer where a save is quick
+    assert of["kills"] >= 20 and of["inside a save"] >= of["kills"] / 3
     assert of["bit-identical"] == of["runs"] > 0 and of["stray files"] == of["exports that did not load"] == 0
 
 
