@@ -92,7 +92,7 @@ class Adapter(nn.Module):
         """x through another weight of the base's shape, without bias."""
         weight = weight.to(x.dtype)
         if isinstance(self.base, nn.Conv2d):
-            if weight.shape[2:] == (1, 1) and self.base.stride == (1, 1) and self.base.padding == (0, 0):
+            if is_pointwise(self.base):
                 return pointwise(x, weight)
             return F.conv2d(x, weight, stride=self.base.stride, padding=self.base.padding, dilation=self.base.dilation)
         return F.linear(x, weight)
@@ -335,6 +335,11 @@ class NormAdapter(Adapter):
 
     def change(self) -> Change:
         return Change(weight=self.weight_delta.detach().float().cpu().clone(), bias=self.bias_change())
+
+
+def is_pointwise(layer: nn.Conv2d) -> bool:
+    """Whether a pixel of the output is a product with the one pixel of the input."""
+    return layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1 and layer.padding in ((0, 0), "valid")
 
 
 def pointwise(x: Tensor, weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdlora.lora.layers import is_pointwise, pointwise
 from sdlora.models.memory import in_onednn
 
 # As tests/benchmarks/convolutions.py measured: with fewer weights, or more pixels, oneDNN is as quick.
@@ -44,7 +45,6 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: WideConv2d) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        height, width = windows(x, layer)
         matrix = matrix_of(layer)
         (top, left), (down, right) = layer.pads, layer.stride
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()  # (B, H, W, I)
@@ -52,7 +52,7 @@ class Product(torch.autograd.Function):
         rows = pieces.permute(0, 1, 2, 4, 5, 3).reshape(-1, matrix.shape[1])
         bias = matrix.new_zeros(()) if layer.bias is None else layer.bias[:, None]
         result = torch.addmm(bias, matrix, rows.t())  # (O, B * h * w)
-        return result.view(-1, len(x), height, width).transpose(0, 1)
+        return result.view(-1, *pieces.shape[:3]).transpose(0, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -86,8 +86,9 @@ class PointwiseConv2d(nn.Conv2d):
     """A layer that `is_pointwise`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.flatten(1).expand(len(x), -1, -1)
-        result = weight @ x.flatten(2) if self.bias is None else torch.baddbmm(self.bias[:, None], weight, x.flatten(2))
+        if self.bias is None:
+            return pointwise(x, self.weight)
+        result = torch.baddbmm(self.bias[:, None], self.weight.flatten(1).expand(len(x), -1, -1), x.flatten(2))
         return result.view(len(x), -1, *x.shape[2:])
 
 
@@ -113,8 +114,3 @@ def to_channels_last(weight: Tensor) -> Tensor:
 def is_wide(layer: nn.Conv2d) -> bool:
     is_plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return is_plain and layer.weight.numel() >= LEAST_WEIGHTS
-
-
-def is_pointwise(layer: nn.Conv2d) -> bool:
-    """Whether a pixel of the output is a product with the one pixel of the input."""
-    return layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1 and layer.padding in ((0, 0), "valid")

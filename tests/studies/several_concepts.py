@@ -14,7 +14,6 @@ import argparse
 import json
 import re
 import shutil
-import tomllib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -60,18 +59,18 @@ def upon(way: str, seed: int) -> Made:
 
 
 def trained(name: str, kind: str, way: str, seed: int, base: Path) -> Path:
+    from sdlora import config
     from sdlora.mini import sets
 
     pictures = STUDY.runs / "_pictures" / kind
     shutil.rmtree(pictures, ignore_errors=True)
     sets.write(pictures, sets.concept(kind))
-    pinned = {"loss.pinned_prompts": json.dumps([*preset_pins(), *prompts_of_other(kind)])} if way == OTHER_PINNED else {}
+    pinned = (
+        {"loss.pinned_prompts": json.dumps([*config.load([CONFIG]).loss.pinned_prompts, *prompts_of_other(kind)])}
+        if way == OTHER_PINNED
+        else {}
+    )
     return STUDY.train(file_name(name, seed), seed, {"model.base": str(base), "data.folder": str(pictures)} | WAYS[way] | pinned)
-
-
-def preset_pins() -> list[str]:
-    found: list[str] = tomllib.loads(CONFIG.read_text(encoding="utf-8"))["loss"]["pinned_prompts"]
-    return found
 
 
 def prompts_of_other(kind: str) -> Iterator[str]:
