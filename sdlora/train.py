@@ -50,7 +50,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     config = run.config
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    return_freed_memory()
+    return_freed_memory(thoroughly=config.train.gradient_checkpointing)
     prompts = [
         preview.parse_prompt(p, steps=config.preview.sampling_steps, guidance=config.preview.guidance) for p in config.preview.prompts
     ]

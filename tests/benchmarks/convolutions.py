@@ -47,7 +47,7 @@ def main() -> None:
     from sdlora.models.convolutions import as_products
     from sdlora.models.device import DTYPES, return_freed_memory
 
-    return_freed_memory()
+    return_freed_memory(thoroughly=False)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype, between = DTYPES[options.precision], torch.zeros(2**24)
