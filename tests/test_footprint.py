@@ -15,7 +15,7 @@ from sdlora import footprint
 from sdlora.adapt import adapt, load_model
 from sdlora.errors import TrainingError
 from sdlora.footprint import Work, estimate, savings
-from sdlora.models import memory
+from sdlora.models import attention, memory
 from sdlora.models.family import Model
 
 GIB = 2**30
@@ -59,6 +59,12 @@ def test_a_step_on_meta_takes_what_a_real_one_takes(base: Path, options: dict[st
 
 def test_so_it_does_in_sdxl(sdxl: Path) -> None:
     assert_alike(make(sdxl, precision="bf16", loss__prior=1, gradient_checkpointing="true"))
+
+
+def test_so_it_does_where_attention_is_in_blocks(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LEAST_SIZE", 1)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert_alike(make(base, precision="bf16"))
 
 
 def assert_alike(work: Work) -> None:

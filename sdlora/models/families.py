@@ -10,6 +10,7 @@ import torch
 from sdlora.diffusion.schedule import NoiseSchedule
 from sdlora.errors import ConfigError
 from sdlora.models import convolutions, images, memory, packed, sources
+from sdlora.models.attention import attend_with_products
 from sdlora.models.family import Family, Model
 from sdlora.models.sd import SD1, SD2
 from sdlora.models.sdxl import SDXL
@@ -54,6 +55,7 @@ def load(
         packed.pack(found.unet, base_precision, offload)
     if device.type == "cpu":
         convolutions.as_products(found.unet)
+        attend_with_products(found.unet)
     if vae_tile is not None:
         images.tile(found.vae, vae_tile)
     if attention == "xformers":

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from sdlora.lora.layers import Adapter
+from sdlora.models.attention import backward_bytes
 from sdlora.models.packed import Packed
 
 
@@ -169,6 +170,12 @@ def nothing(func: Any, args: tuple[Any, ...]) -> int:
     return 0
 
 
+def workspace_on_cpu(func: Any, args: tuple[Any, ...]) -> int:
+    if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return backward_bytes(*args[1:3])
+    return convolution_on_cpu(func, args)
+
+
 def convolution_on_cpu(func: Any, args: tuple[Any, ...]) -> int:
     """oneDNN computes on copies, in a layout of its own, of input, weight and result; where it does not know a type of number, as bf16
     without AVX-512, PyTorch unfolds the input to a matrix (C * kh * kw, h * w) for each of the batch."""
@@ -194,4 +201,4 @@ def in_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-WORKSPACES: dict[str, Callable[[Any, tuple[Any, ...]], int]] = {"cpu": convolution_on_cpu}
+WORKSPACES: dict[str, Callable[[Any, tuple[Any, ...]], int]] = {"cpu": workspace_on_cpu}
