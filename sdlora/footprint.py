@@ -44,6 +44,12 @@ def work_of(config: Config, model: Model, items: Sequence[Item], layers: Collect
     return Work(config, model, layers, bucket, any(fixed_caption(item.example.caption, item.rules) is None for item in items))
 
 
+def idle_parts(work: Work) -> tuple[str, ...]:
+    """What steps do not need once pictures and prompts are encoded; previews do."""
+    text = work.reads_prompts or trains_text(work.layers)
+    return ("vae", *(() if text else work.model.text_encoders))
+
+
 def estimate(work: Work) -> int:
     """Peak bytes of a step, but for what a device's driver and other programs take; on a CPU those of the whole process."""
     device_type, options = work.model.device.type, work.config.optimizer
@@ -70,15 +76,13 @@ def shadow_of(work: Work) -> Model:
 
 
 def held_bytes(work: Work, shadow: Model) -> int:
-    """What is there before a step. On a CPU that is the program and all of the model; elsewhere only what a step needs is on the device."""
-    encoders, unet = [shadow.parts[part] for part in shadow.text_encoders], shadow.parts["unet"]
-    if work.model.device.type == "cpu":
-        return work.model.program_bytes + memory.weight_bytes(unet, *encoders, work.model.vae)
-    return (
-        memory.weight_bytes(unet)
-        - bytes_elsewhere(unet)
-        + memory.weight_bytes(*(encoders if work.reads_prompts or trains_text(work.layers) else ()))
-    )
+    """What is there before a step: of what rests while there are steps nothing, but on a CPU it is there for previews. A CPU holds the
+    program, too."""
+    on_cpu = work.model.device.type == "cpu"
+    idle = () if on_cpu and work.config.preview.prompts else idle_parts(work)
+    there = {"vae": work.model.vae, **shadow.parts}
+    held = memory.weight_bytes(*(module for name, module in there.items() if name not in idle))
+    return held + work.model.program_bytes if on_cpu else held - bytes_elsewhere(shadow.parts["unet"])
 
 
 def step(work: Work, shadow: Model, trained: list[nn.Parameter]) -> None:

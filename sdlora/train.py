@@ -26,7 +26,7 @@ from sdlora.latents import Latents
 from sdlora.lora import calibrate, formats
 from sdlora.lora.layers import Adapter, LoraLayer, disabled, stop_dropping
 from sdlora.loss_scale import LossScale
-from sdlora.models.device import memory_used, return_freed_memory, set_aside
+from sdlora.models.device import let_go, memory_used, return_freed_memory, set_aside
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
@@ -125,9 +125,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
         yield from until_stopped(run, unseen.fill())
         yield from until_stopped(run, of_base.fill(prompts_of(config, [*items, *held_out], trains_text(layers))))
     processes.wait()
-    set_aside(model, "vae")
-    if not trains_text(layers) and not work.reads_prompts:
-        set_aside(model, *model.text_encoders)
+    (set_aside if prompts else let_go)(model, *footprint.idle_parts(work))
 
     def draw(rows: Sequence[tuple[str, int]], name: str) -> events.Event:
         """Pictures of the last row's step, and a grid of all rows. A run goes on without those that cannot be written."""

@@ -678,16 +678,27 @@ def test_a_second_run_takes_all_from_the_cache_of_the_first(make: Any, monkeypat
     ("options", "aside"),
     [({}, ["vae"]), ({"text_encoder": "[]"}, ["vae", "text_encoder"]), ({"text_encoder": "[]", "shuffle_tags": "true"}, ["vae"])],
 )
-def test_what_is_not_needed_for_steps_leaves_the_device(
-    make: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], aside: list[str]
+@pytest.mark.parametrize(("prompts", "way"), [("[]", "let_go"), ('["a cat"]', "set_aside")])
+def test_what_is_not_needed_for_steps_leaves_the_device_and_for_good_where_no_preview_needs_it(
+    make: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], aside: list[str], prompts: str, way: str
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr(train_module, "set_aside", lambda model, name: told.append(name))
-    for event in train(make(**options)):
+    monkeypatch.setattr(train_module, way, lambda model, *names: told.extend(names))
+    for event in train(make(**options, prompts=prompts)):
         if isinstance(event, events.Stepped):
             break
         assert not (isinstance(event, events.Cached) and event.of == "pictures" and told), "the VAE left before its work was done"
     assert told == aside
+
+
+def test_what_a_run_lets_go_it_holds_no_more(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Any] = []
+    load = train_module.load_model
+    monkeypatch.setattr(train_module, "load_model", lambda config: held.append(load(config)) or held[-1])
+    told = list(train(make(text_encoder="[]", prompts="[]")))
+    ((_, model),) = held
+    assert isinstance(told[-1], events.Finished)
+    assert {p.device.type for part in (model.vae, model.parts["text_encoder"]) for p in part.parameters()} == {"meta"}
 
 
 def test_a_run_stopped_while_latents_are_computed_goes_on_with_the_rest(make: Any) -> None:

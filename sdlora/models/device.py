@@ -71,6 +71,12 @@ def set_aside(model: Model, *names: str) -> None:
         _part(model, name).to("cpu")
 
 
+def let_go(model: Model, *names: str) -> None:
+    """Free parts for good: they are on the meta device from here on, where nothing can be computed."""
+    for name in names:
+        _part(model, name).to("meta")
+
+
 def memory_used(device: torch.device) -> int:
     """Bytes: of a GPU the most that tensors took at once so far, of a CPU what the process has of it now."""
     if device.type == "cuda":

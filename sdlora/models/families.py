@@ -49,7 +49,8 @@ def load(
     program_bytes = memory.process_bytes()
     found = sources.load(base, dtype, vae=vae, prediction_type=prediction_type)
     family = FAMILIES[found.family]
-    for module in (*found.text_encoders, found.unet, found.vae):
+    modules = (*found.text_encoders, found.unet, found.vae)
+    for module in modules:
         module.requires_grad_(False).eval()
     if base_precision != "same" or offload:
         packed.pack(found.unet, base_precision, offload)
@@ -60,7 +61,7 @@ def load(
         images.tile(found.vae, vae_tile)
     if attention == "xformers":
         found.unet.enable_xformers_memory_efficient_attention()
-    for module in (*found.text_encoders, found.unet, found.vae):
+    for module in modules:
         module.to(device)
     names = sources.PARTS[found.family]
     schedule = NoiseSchedule(found.scheduler.alphas_cumprod.to(device), found.scheduler.config.prediction_type)
@@ -74,7 +75,7 @@ def load(
         scheduler_config=config,
         dtype=dtype,
         device=device,
-        program_bytes=program_bytes,
+        program_bytes=max(program_bytes, memory.process_bytes() - memory.weight_bytes(*modules)),
         notes=found.notes,
         clip_skip=clip_skip,
         chunks=chunks,

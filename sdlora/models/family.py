@@ -27,7 +27,7 @@ class Model:
     scheduler_config: dict[str, Any]
     dtype: torch.dtype
     device: torch.device
-    program_bytes: int = 0  # that the process held before it was loaded
+    program_bytes: int = 0  # of memory, that the process held beside its weights when it was loaded
     notes: tuple[str, ...] = ()  # what was assumed while loading
     clip_skip: int = 1  # at which of the text encoder's layers embeddings are taken, 1 for the last
     chunks: int = 1  # of a prompt: each is as long as the tokenizer's longest text

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdlora.models.device import on_device, set_aside
+from sdlora.models.device import let_go, on_device, set_aside
 
 GPU = torch.device("cuda:7")  # that nobody has
 
@@ -43,6 +43,14 @@ def test_parts_come_and_go_back_where_they_were_whatever_happens() -> None:
     with pytest.raises(KeyboardInterrupt), on_device(model, "text_encoder"):
         raise KeyboardInterrupt
     assert text_encoder.at.type == "cpu"
+
+
+def test_what_was_let_go_computes_nothing() -> None:
+    vae = nn.Linear(2, 2)
+    let_go(SimpleNamespace(vae=vae), "vae")  # type: ignore[arg-type]
+    assert vae.weight.is_meta
+    with pytest.raises(NotImplementedError), on_device(SimpleNamespace(vae=vae, device=torch.device("cpu")), "vae"):  # type: ignore[arg-type]
+        pass
 
 
 def has_large_pages() -> bool:
