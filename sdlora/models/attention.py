@@ -41,8 +41,8 @@ class BlockwiseAttention(torch.autograd.Function):
         def one_beside(tensor: Tensor, count: int) -> Tensor:
             return torch.cat([tensor, tensor.new_ones(()).expand(*tensor.shape[:-1], count)], -1)
 
-        # What is taken off each query's row, as further columns of the products. Weights come of sums in fp32: rounded to bf16, one of -8
-        # would make the weight wrong by 2 %. The means are small beside what they are taken off, two numbers in bf16 hold them.
+        # What is taken off each query's row, as further columns of the products. Weights come of sums in fp32: rounded to bf16, one of -9
+        # could make the weight wrong by 3 %. The means are small beside what they are taken off, two numbers in bf16 hold them.
         scores_of = torch.cat([query.float() * scale, -log_sums[..., None]], -1), one_beside(key.float(), 1)
         high = means.to(grad.dtype)
         grads_of = torch.cat([grad, -high[..., None], (high - means).to(grad.dtype)[..., None]], -1), one_beside(value, 2)
@@ -87,7 +87,7 @@ def block_of(heads: int, queries: int, keys: int) -> tuple[int, int, int]:
 
 def backward_bytes(query: Tensor, key: Tensor) -> int:
     """What the backward pass takes beside its results, where it is in blocks: these, what goes into products, and sums in fp32."""
-    if not is_large(query, key) or query.dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported():
+    if not (suits(query, key) and has_tiles()):
         return 0
     (batch, heads, queries, size), keys = query.shape, key.shape[2]
     in_products = (queries + keys) * (4 * (size + 1) + 2 * (size + 2)) + (2 * queries + keys) * 2 * size
@@ -95,20 +95,26 @@ def backward_bytes(query: Tensor, key: Tensor) -> int:
     return batch * heads * (in_products + sums) + 8 * math.prod(block_of(batch * heads, queries, keys))
 
 
-def is_large(query: Tensor, key: Tensor) -> bool:
-    return min(query.shape[2], key.shape[2]) >= LEAST_TOKENS and query.shape[3] >= LEAST_SIZE
+def suits(query: Tensor, key: Tensor) -> bool:
+    """Whether blocks are quicker, where there are tiles."""
+    return query.dtype == torch.bfloat16 and min(query.shape[2], key.shape[2]) >= LEAST_TOKENS and query.shape[3] >= LEAST_SIZE
+
+
+def has_tiles() -> bool:
+    """Whether the processor has units for products of matrices (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """(B, H, T, D), (B, H, S, D) twice -> (B, H, T, D)"""
     # not on the meta device: see `backward_bytes`
-    if is_large(query, key) and query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled():
+    if suits(query, key) and query.device.type == "cpu" and torch.is_grad_enabled():
         return BlockwiseAttention.apply(query, key, value)  # type: ignore[no-any-return, no-untyped-call]
     return F.scaled_dot_product_attention(query, key, value)
 
 
 class BlockwiseProcessor:
-    """For layers that are `plain`."""
+    """For layers that are plain: see `is_plain`."""
 
     def __call__(
         self,
@@ -131,8 +137,8 @@ class BlockwiseProcessor:
 
 
 def attend_with_products(unet: nn.Module) -> None:
-    """From now on its attention goes back so, in bf16, where the processor has units for products of matrices (AMX)."""
-    if not torch.cpu._is_amx_tile_supported():
+    """From now on its attention goes back so, where the processor `has_tiles` and what is read `suits`."""
+    if not has_tiles():
         return
     for module in unet.modules():
         if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and is_plain(module):

@@ -13,7 +13,9 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
+
+from spread import spread
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -72,12 +74,10 @@ def main() -> None:
         }
         pairs = [tuple(gradients(way, given)[0] for way in ways) for _ in range(options.rounds + 1)][1:]
         ratios = [after / before for before, after in pairs]
-        low, _, high = quantiles(ratios, n=4)
         columns = (
             f"{queries} x {keys} x {numbers}",
             f"{median(before for before, _ in pairs):.1f}",
-            f"{median(ratios):.2f}",
-            f"{low:.2f} to {high:.2f}",
+            spread(ratios),
             *errors.values(),
         )
         print("|", " | ".join(columns), "|", flush=True)

@@ -15,8 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
+
+from spread import spread
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -65,8 +67,7 @@ def main() -> None:
 
         pairs = [(milliseconds(plain), milliseconds(products)) for _ in range(options.rounds + 2)][2:]
         ratios = [after / before for before, after in pairs]
-        low, _, high = quantiles(ratios, n=4)
-        print(f"| {name} | {median(before for before, _ in pairs):.1f} | {median(ratios):.2f} | {low:.2f} to {high:.2f} |", flush=True)
+        print(f"| {name} | {median(before for before, _ in pairs):.1f} | {spread(ratios)} |", flush=True)
 
     for inputs, outputs, kernel, side in LAYERS:
         layer = torch.nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2).to(dtype).requires_grad_(False)

@@ -13,7 +13,9 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
+
+from spread import spread
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = ROOT / "configs" / "mini.toml"
@@ -77,8 +79,7 @@ def main() -> None:
     for row, changes in ROWS.items():
         if any(word in row for word in options.rows):
             found, seconds = ratios(changes, options.pairs)
-            low, _, high = quantiles(found, n=4)
-            print(f"| {row} | {median(found):.2f} | {low:.2f} to {high:.2f} | {seconds:.2f} s |", flush=True)
+            print(f"| {row} | {spread(found)} | {seconds:.2f} s |", flush=True)
 
 
 if __name__ == "__main__":

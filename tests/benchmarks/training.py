@@ -28,8 +28,10 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
+
+from spread import spread
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for full_size
@@ -286,9 +288,8 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|")
         for side, process in sides.items():
             ratios = [of[first] / of[side] for of in rounds]
-            low, _, high = quantiles(ratios, n=4)
             print(
-                f"| {side} | {median(of[side] for of in rounds):.3f} | {median(ratios):.2f} | {low:.2f} to {high:.2f} "
+                f"| {side} | {median(of[side] for of in rounds):.3f} | {spread(ratios)} "
                 f"| {held[side] / 2**30:.2f} | {held[first] / held[side]:.2f} "
                 f"| {process.until_first:.1f} | {sides[first].until_first / process.until_first:.2f} |",
                 flush=True,
