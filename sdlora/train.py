@@ -26,7 +26,7 @@ from sdlora.latents import Latents
 from sdlora.lora import calibrate, formats
 from sdlora.lora.layers import Adapter, LoraLayer, disabled, stop_dropping
 from sdlora.loss_scale import LossScale
-from sdlora.models.device import let_go, memory_used, return_freed_memory, set_aside
+from sdlora.models.device import compile_blocks, compile_errors_explained, let_go, memory_used, return_freed_memory, set_aside, uncompiled
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
@@ -173,13 +173,15 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     validates = processes.is_first and bool(held_out)
     if validates and not newest:
         yield validated()
+    if config.train.compile:
+        compile_blocks(model)
 
     while step < config.train.steps and not processes.any(run.asked_to_stop()):
         began = time.perf_counter()
         text_rests = 0 < options.text_encoder_steps <= step
         losses = []
         for part in range(config.train.accumulation):
-            with footprint.memory_errors_explained(work):
+            with footprint.memory_errors_explained(work), compile_errors_explained():
                 loss = objective(step, part, text_rests)
                 loss_scale.up(loss.total / config.train.accumulation).backward()
             losses.append(loss)
@@ -325,7 +327,7 @@ def fold(layers: Mapping[str, Adapter], config: Config, round: int) -> None:
 def as_exported(layers: Iterable[Adapter], optimizer: Optimizer, average: Average) -> Iterator[None]:
     """The layers as a file will hold them: without dropout, averaged where an average was asked for."""
     stop_dropping(layers)
-    with optimizer.evaluating(), average.in_place():
+    with optimizer.evaluating(), average.in_place(), uncompiled():
         yield
 
 

@@ -190,3 +190,10 @@ def test_a_background_is_a_colour() -> None:
     assert load([], [("background", "#102030")]).data.background == "#102030"
     with pytest.raises(ConfigError, match=r"data\.background = 'no colour'.*#rrggbb"):
         load([], [("background", "no colour")])
+
+
+@pytest.mark.parametrize("flag", [("dropout", "0.1"), ("rank_dropout", "0.1"), ("module_dropout", "0.1"), ("model.offload", "true")])
+def test_what_changes_with_each_step_is_not_compiled(flag: tuple[str, str]) -> None:
+    assert load([], [("compile", "true")]).train.compile
+    with pytest.raises(ConfigError, match=rf"train\.compile and \w+\.{flag[0].removeprefix('model.')} do not go together"):
+        load([], [("compile", "true"), flag])

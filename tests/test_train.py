@@ -16,6 +16,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import build_model
+from torch._dynamo.utils import counters
 from variants import EVERY_KIND, EVERY_OPTIMIZER
 
 from sdlora import config as configs
@@ -30,7 +31,7 @@ from sdlora.items import find_items
 from sdlora.latents import Posterior
 from sdlora.lora import formats
 from sdlora.lora.inits import INITS
-from sdlora.models import families
+from sdlora.models import device, families
 from sdlora.objective import GENERIC_PROMPTS, Objective, pinned_prompts
 from sdlora.optim import Average, Optimizer
 from sdlora.train import restore, train
@@ -442,6 +443,45 @@ def test_every_kind_trains_in_bf16(make: Any, kind: str) -> None:
     told = losses(train(make(precision="bf16", gradient_checkpointing="true", **(EVERY_KIND | {"norms": NORMS})[kind], steps=3)))
     whole = losses(train(make(**(EVERY_KIND | {"norms": NORMS})[kind], steps=3)))
     assert told == pytest.approx(whole, rel=0.05) and told != whole
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """PyTorch's own, up to where it would write code: that takes minutes."""
+    monkeypatch.setattr(device, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("kind", [*sorted(EVERY_KIND.keys() - {"dropouts"}), "bf16", "fp8"])
+def test_compiled_blocks_train_alike(make: Any, kind: str) -> None:
+    options = (EVERY_KIND | {"bf16": {"precision": "bf16"}, "fp8": {"base_precision": "fp8"}})[kind]
+    options = options | {"prior": 1, "steps": 4, "gradient_checkpointing": "true"}
+    told = losses(train(make(**options, compile="true", prompts="a cat --s 2", preview__every=2)))
+    assert counters["stats"]["unique_graphs"] >= 2 and not counters["graph_break"]
+    assert told == pytest.approx(losses(train(make(**options))), rel=1e-2 if kind == "bf16" else 1e-4)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_pictures_are_drawn_by_blocks_as_they_are(make: Any) -> None:
+    """Or each size would be compiled for them, twice."""
+    list(train(make(compile="true", steps=2)))
+    before = counters["stats"]["unique_graphs"]
+    list(train(make(compile="true", steps=2, prompts="a cat --s 2 --w 40 --h 40", holdout=1)))
+    assert before > 0 and counters["stats"]["unique_graphs"] == 2 * before
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_missing_compiler_is_explained(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("No working C++ compiler found")
+
+    monkeypatch.setattr(device, "COMPILER", fails)
+    with pytest.raises(TrainingError, match=r"train\.compile: .*No working C\+\+ compiler found.*train\.compile = false"):
+        list(train(make(compile="true")))
 
 
 def test_matched_rates_outlive_a_merge(make: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, TrainingError
 from sdlora.models.family import Model
 from sdlora.models.memory import process_bytes
 
@@ -48,6 +48,38 @@ def checkpoint_activations(model: Model, **options: Any) -> None:
             part.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, **options))
         else:
             part.gradient_checkpointing_enable({"use_reentrant": False, **options})
+
+
+def compile_blocks(model: Model) -> None:
+    """From now on the UNet's transformer blocks run as PyTorch compiles them, each size of them at its first use, which takes minutes; but
+    for what is done `uncompiled`. They are alike, so that few are compiled for all (regional compilation)."""
+    # Blocks share their code, and each width, number of pixels, and the base model beside the adapted one is compiled of its own.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    unet: Any = model.parts["unet"]
+    unet.compile_repeated_blocks(backend=COMPILER)
+
+
+COMPILER = "inductor"
+
+
+@contextmanager
+def compile_errors_explained() -> Iterator[None]:
+    """Raises TrainingError where what is compiled inside cannot be."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        first = getattr(error, "inner_exception", error)  # a compiler's own
+        reason = str(first).strip().splitlines()[0]
+        raise TrainingError(
+            f"train.compile: PyTorch cannot compile this model here: {reason}. It needs a C++ compiler, and Triton for a GPU; "
+            "install them, or set train.compile = false."
+        ) from error
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """What runs inside is not worth compiling, or not for the second time."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def return_freed_memory(thoroughly: bool) -> None:
