@@ -1,4 +1,4 @@
-"""The families at full size: on the meta device, without weights, for estimates; and SD 1.5 on disk, with random ones."""
+"""The families at full size: on the meta device, without weights, for estimates; and on disk, with random ones."""
 
 import json
 from contextlib import AbstractContextManager
@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
 from sdlora.adapt import adapt
 from sdlora.config import Config
@@ -63,17 +63,19 @@ def shapes_alone() -> AbstractContextManager[Any]:
     return patch("sdlora.adapt.start_of", start)
 
 
-def build_sd15(folder: Path) -> Path:
-    """In bf16, in diffusers' layout; 2 GB."""
-    own = CONFIGS / "sd1"
+def build(family: str, folder: Path) -> Path:
+    """In bf16 but for the VAE, in diffusers' layout: 2 GB of "sd1", 7 of "sdxl"."""
+    own = CONFIGS / family
     torch.set_default_dtype(torch.bfloat16)
     try:
         UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(own / "unet")).save_pretrained(folder / "unet")
-        CLIPTextModel(CLIPTextConfig.from_pretrained(own / "text_encoder")).save_pretrained(folder / "text_encoder")
+        for part in PARTS[family]:
+            TEXT_ENCODERS[part](CLIPTextConfig.from_pretrained(own / part)).save_pretrained(folder / part)
+            clip_tokenizer(PADDING.get((family, part))).save_pretrained(folder / part.replace("text_encoder", "tokenizer"))
     finally:
         torch.set_default_dtype(torch.float32)
     AutoencoderKL.from_config(AutoencoderKL.load_config(own / "vae")).save_pretrained(folder / "vae")
     DDPMScheduler.from_config(DDPMScheduler.load_config(own / "scheduler")).save_pretrained(folder / "scheduler")
-    clip_tokenizer().save_pretrained(folder / "tokenizer")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    name = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
     return folder

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from full_size import build_sd15, work_on_meta
+from full_size import build, work_on_meta
 
 from sdlora import config
 from sdlora.footprint import estimate
@@ -26,7 +26,7 @@ def test_two_steps_on_weights_in_bf16(tmp_path: Path) -> None:
     """By the CPU's own bf16 where it has it, else in fp32, which is a hundred times as fast there."""
     has_bf16 = in_onednn(torch.bfloat16)
     row = "64 px, bf16" if has_bf16 else "64 px, weights in bf16"
-    command = [sys.executable, str(BENCHMARK), "--model", str(build_sd15(tmp_path)), "--child", row]
+    command = [sys.executable, str(BENCHMARK), "--model", str(build("sd1", tmp_path)), "--child", row]
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
     estimated, measured, _ = json.loads(told[-1])
     assert measured < 5 * GIB

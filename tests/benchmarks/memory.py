@@ -44,9 +44,9 @@ ROWS: dict[str, dict[str, str]] = {
 
 
 def full_size_model(folder: Path) -> Path:
-    from full_size import build_sd15
+    from full_size import build
 
-    return build_sd15(folder)
+    return build("sd1", folder)
 
 
 def pictures(folder: Path, side: int) -> Path:

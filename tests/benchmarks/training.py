@@ -4,7 +4,8 @@ long until the first.
     python tests/benchmarks/training.py --model mini --pixels 64 --batch 4        # the embedded model; two minutes
     python tests/benchmarks/training.py --pixels 256                              # SD 1.5 at full size, random weights; 20 GB
     python tests/benchmarks/training.py --pixels 256 --sides "rank 4" "rank 128"  # our own; the first named is what others are held against
-    python tests/benchmarks/training.py --pixels 512 --device cuda --precision bf16
+    python tests/benchmarks/training.py --device cuda --precision bf16 --pixels 512 --batch 4 --sides ours compiled graphs example floor
+    python tests/benchmarks/training.py --device cuda --precision bf16 --model sdxl --pixels 1024 --sides "low vram" ours example floor
 
 LoRAs of rank 16 on attention and feed-forward layers of the UNet. Each side runs in a process of its own and takes a step when it is its
 turn, so that all meet the same noise of the machine; printed are medians of the rounds' ratios. On a CPU time is what the process had of
@@ -13,8 +14,11 @@ processors, which others on the machine change less than what a clock says; unti
 * example: what example scripts do: peft's layers, AdamW, the picture and its caption encoded anew in each step;
 * cached: the same loop with latents and embeddings computed before;
 * bare: forward and backward of diffusers' UNet without any adapter, nothing learned;
-* floor: as many operations as bare, in square products of matrices: what the processor can do at best;
+* floor: as many operations as bare, in square products of matrices: what the processor can do at best. Its time over that of another
+  side is what that makes of the processor (model FLOPs utilisation);
 * text, text and norms: ours with LoRAs on the text encoder too, without and with the embedding-norm loss;
+* compiled, graphs: ours with train.compile, and with what is compiled recorded as CUDA graphs;
+* checkpointed, low vram: ours with train.gradient_checkpointing, as in the presets, and with configs/low_vram.toml;
 * rank 4, rank 128, batch of 2, batch of 4: ours.
 """
 
@@ -43,7 +47,7 @@ TARGETS = r".*(attn\d\.to_[qkv]|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|attentions
 # ---------------------------------------------------------------- sides: each yields once a step
 
 
-def ours(options: argparse.Namespace, folder: Path, **changes: object) -> Iterator[None]:
+def ours(options: argparse.Namespace, folder: Path, presets: tuple[Path, ...] = (), **changes: object) -> Iterator[None]:
     from sdlora import config, events, run
     from sdlora.train import train
 
@@ -66,9 +70,16 @@ def ours(options: argparse.Namespace, folder: Path, **changes: object) -> Iterat
         "checkpoint_every": 0,
         **changes,
     }
-    for event in train(run.create(config.load([], [(name, str(value)) for name, value in flags.items()]))):
+    for event in train(run.create(config.load(presets, [(name, str(value)) for name, value in flags.items()]))):
         if isinstance(event, events.Stepped):
             yield
+
+
+def graphs(options: argparse.Namespace, folder: Path) -> Iterator[None]:
+    import torch._inductor.config
+
+    torch._inductor.config.triton.cudagraphs = True
+    return ours(options, folder, **COMPILED)
 
 
 def example(options: argparse.Namespace, folder: Path) -> Iterator[None]:
@@ -86,13 +97,17 @@ def peft_loop(options: argparse.Namespace, folder: Path, cached: bool) -> Iterat
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from peft import LoraConfig
     from PIL import Image
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     device, dtype, base = options.device, dtype_of(options), base_of(options)
     unet: Any = UNet2DConditionModel.from_pretrained(base / "unet", torch_dtype=dtype).to(device).requires_grad_(False)
     vae: Any = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=dtype).to(device).requires_grad_(False)
-    text: Any = CLIPTextModel.from_pretrained(base / "text_encoder", torch_dtype=dtype).to(device).requires_grad_(False)
-    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    encoders: list[tuple[Any, Any]] = []
+    kinds: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    for part, kind in kinds.items():
+        if (base / part).is_dir():
+            text = kind.from_pretrained(base / part, torch_dtype=dtype).to(device).requires_grad_(False)
+            encoders.append((CLIPTokenizer.from_pretrained(base / part.replace("text_encoder", "tokenizer")), text))
     scheduler = DDPMScheduler.from_pretrained(base / "scheduler")
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS))
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -101,10 +116,16 @@ def peft_loop(options: argparse.Namespace, folder: Path, cached: bool) -> Iterat
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
     @torch.no_grad()
-    def encoded(path: Path) -> tuple[Any, Any]:
+    def encoded(path: Path) -> tuple[Any, ...]:
         pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].to(device, dtype) / 127.5 - 1
-        tokens = tokenizer(path.with_suffix(".txt").read_text(), padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor, text(tokens.to(device)).last_hidden_state
+        caption, said = path.with_suffix(".txt").read_text(), []
+        for tokenizer, text in encoders:
+            tokens = tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+            said.append(text(tokens, output_hidden_states=True))
+        latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+        if len(encoders) == 1:
+            return latents, said[0].last_hidden_state
+        return latents, torch.cat([of.hidden_states[-2] for of in said], -1), said[1].text_embeds
 
     paths = sorted((folder / "pictures").glob("*.png"))
     known = {path: encoded(path) for path in paths} if cached else {}
@@ -112,10 +133,12 @@ def peft_loop(options: argparse.Namespace, folder: Path, cached: bool) -> Iterat
     while True:
         batch = [paths[(number + k) % len(paths)] for k in range(options.batch)]
         number += options.batch
-        latents, embeds = (torch.cat(of) for of in zip(*(known[path] if cached else encoded(path) for path in batch), strict=True))
+        seen = zip(*(known[path] if cached else encoded(path) for path in batch), strict=True)
+        latents, embeds, *pooled = (torch.cat(of) for of in seen)
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (options.batch,), device=device)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeds).sample
+            added = added_to(unet, options, *pooled)
+            predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeds, added_cond_kwargs=added).sample
         loss = F.mse_loss(predicted.float(), noise.float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -123,6 +146,19 @@ def peft_loop(options: argparse.Namespace, folder: Path, cached: bool) -> Iterat
         optimizer.zero_grad()
         loss.item()
         yield
+
+
+def added_to(unet: Any, options: argparse.Namespace, pooled: Any = None) -> dict[str, Any] | None:
+    """What SDXL's UNet is told beside the prompt: its pooled embedding, and the sizes of the picture."""
+    import torch
+
+    if unet.config.addition_embed_type is None:
+        return None
+    sizes = torch.tensor([[options.pixels, options.pixels, 0, 0, options.pixels, options.pixels]] * options.batch, device=unet.device)
+    return {
+        "text_embeds": torch.zeros(options.batch, 1280, device=unet.device, dtype=unet.dtype) if pooled is None else pooled,
+        "time_ids": sizes,
+    }
 
 
 def bare(options: argparse.Namespace, folder: Path) -> Iterator[None]:
@@ -139,7 +175,8 @@ def forward_and_backward(unet: Any, options: argparse.Namespace, dtype: Any) -> 
     while True:
         shapes = ((options.batch, 4, side, side), (options.batch, 77, unet.config.cross_attention_dim))
         latents, embeds = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
-        loss = unet(latents, torch.full((options.batch,), 500, device=device), embeds).sample.float().square().mean()
+        timesteps = torch.full((options.batch,), 500, device=device)
+        loss = unet(latents, timesteps, embeds, added_cond_kwargs=added_to(unet, options)).sample.float().square().mean()
         loss.backward()
         yield
 
@@ -163,7 +200,11 @@ def floor(options: argparse.Namespace, folder: Path) -> Iterator[None]:
 
 
 TEXT = {"lora.text_encoder": '["attention", "feed_forward"]'}
-CHANGES: dict[str, dict[str, object]] = {  # of ours
+COMPILED = {"train.compile": "true"}
+CHANGES: dict[str, dict[str, Any]] = {  # of ours
+    "compiled": COMPILED,
+    "checkpointed": {"gradient_checkpointing": "true"},
+    "low vram": {"presets": (ROOT / "configs" / "low_vram.toml",)},
     "text": TEXT | {"loss.embedding_norm": 0},
     "text and norms": TEXT | {"loss.embedding_norm": 0.1},
     "rank 4": {"rank": 4},
@@ -173,7 +214,7 @@ CHANGES: dict[str, dict[str, object]] = {  # of ours
 }
 Way = Callable[[argparse.Namespace, Path], Iterator[None]]
 USUAL: dict[str, Way] = {"ours": ours, "example": example, "cached": cached, "bare": bare, "floor": floor}
-SIDES: dict[str, Way] = USUAL | {name: partial(ours, **changes) for name, changes in CHANGES.items()}
+SIDES: dict[str, Way] = USUAL | {"graphs": graphs} | {name: partial(ours, **changes) for name, changes in CHANGES.items()}
 
 
 def dtype_of(options: argparse.Namespace) -> Any:
@@ -230,7 +271,7 @@ def largest_resident() -> int:
 
 def serve(options: argparse.Namespace) -> None:
     """In the child: a step for each line."""
-    if options.side == "ours" or options.side in CHANGES:
+    if options.side in ("ours", "graphs", *CHANGES):
         import sdlora.train  # noqa: F401 - first, as for `sdlora train`: it says how PyTorch is to take memory
     import torch
 
@@ -250,28 +291,28 @@ def serve(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="'mini', or a model folder; unset: SD 1.5 is built for the occasion")
+    parser.add_argument("--model", default="sd1", help="'mini', a model folder, or 'sd1' or 'sdxl', which are built for the occasion")
     parser.add_argument("--pixels", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7, help="that count, 2 or more")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(USUAL))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(USUAL), metavar="SIDE")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         serve(options)
         return
-    from full_size import build_sd15
+    from full_size import build
     from memory import pictures
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "pictures").mkdir()
         pictures(folder / "pictures", options.pixels)
-        model = options.model or str(build_sd15(folder))
+        model = str(build(options.model, folder)) if options.model in ("sd1", "sdxl") else options.model
         shared = ["--folder", name, "--model", model]
         for option in ("pixels", "batch", "precision", "device", "threads"):
             shared += [f"--{option}", str(getattr(options, option))]
