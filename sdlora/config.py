@@ -367,6 +367,11 @@ class LoraOptions(Section):
             raise ValueError(f"lora.max_norm cannot hold an update that starts from the weight, as lora.init = '{self.init}' does")
         return self
 
+    @property
+    def dropouts(self) -> list[str]:
+        """Names of those that are asked for."""
+        return [name for name in ("dropout", "rank_dropout", "module_dropout") if getattr(self, name)]
+
 
 class OptimizerOptions(Section):
     algorithm: Literal["adamw", "adamw_8bit", "prodigy", "came", "adafactor", "lion", "schedule_free"] = Field(
@@ -561,10 +566,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _what_is_compiled_stays_the_same(self) -> Self:
         """Dropout draws by another seed in each step, and a weight that is fetched for its use is another each time."""
-        dropped = [name for name in ("dropout", "rank_dropout", "module_dropout") if getattr(self.lora, name)]
-        if self.train.compile and (dropped or self.model.offload):
-            other = f"lora.{dropped[0]}" if dropped else "model.offload"
-            raise ValueError(f"train.compile and {other} do not go together: leave one of them out")
+        others = [*(f"lora.{name}" for name in self.lora.dropouts), *(["model.offload"] if self.model.offload else [])]
+        if self.train.compile and others:
+            raise ValueError(f"train.compile and {others[0]} do not go together: leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -26,3 +26,8 @@ class WeightsError(SdloraError):
 
 class TrainingError(SdloraError):
     pass
+
+
+def first_line(error: BaseException) -> str:
+    """Of what a library says; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

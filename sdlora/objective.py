@@ -246,8 +246,8 @@ class Objective:
         return (rest + (1 - rest) * shown).to(self.model.device)
 
     def _set_dropout(self, batch: int) -> None:
-        options, seed = self.config.lora, self.config.train.seed
-        if options.dropout or options.rank_dropout or options.module_dropout:
+        seed = self.config.train.seed
+        if self.config.lora.dropouts:
             set_drop_seeds(self.layers.values(), [sample_seed(seed, batch, self.processes.rank, f"dropout {name}") for name in self.layers])
 
 

@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
-from sdlora.errors import TrainingError
+from sdlora.errors import TrainingError, first_line
 
 PATIENCE = timedelta(hours=6)  # while the first process encodes many pictures, or draws; that one has died is noticed at once
 LONGEST = 8192  # bytes of what tell() tells, which is a path
@@ -80,7 +80,7 @@ class Processes:
             distributed.all_reduce(tensor, how)
         except RuntimeError as error:
             raise TrainingError(
-                f"Process {self.rank} of {self.count} has lost another one ({str(error).splitlines()[0][:200]}); `sdlora resume` under "
+                f"Process {self.rank} of {self.count} has lost another one ({first_line(error)[:200]}); `sdlora resume` under "
                 "torchrun goes on from the last checkpoint."
             ) from error
         return tensor

@@ -325,7 +325,8 @@ def fold(layers: Mapping[str, Adapter], config: Config, round: int) -> None:
 
 @contextmanager
 def as_exported(layers: Iterable[Adapter], optimizer: Optimizer, average: Average) -> Iterator[None]:
-    """The layers as a file will hold them: without dropout, averaged where an average was asked for."""
+    """The layers as a file will hold them: without dropout, averaged where an average was asked for. Blocks run uncompiled: it does not pay
+    for what looks at them now and then."""
     stop_dropping(layers)
     with optimizer.evaluating(), average.in_place(), uncompiled():
         yield

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sdlora.errors import ConfigError, TrainingError
+from sdlora.errors import ConfigError, TrainingError, first_line
 from sdlora.models.family import Model
 from sdlora.models.memory import process_bytes
 
@@ -68,8 +68,7 @@ def compile_errors_explained() -> Iterator[None]:
     try:
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
-        first = getattr(error, "inner_exception", error)  # a compiler's own
-        reason = str(first).strip().splitlines()[0]
+        reason = first_line(getattr(error, "inner_exception", error))  # a compiler's own
         raise TrainingError(
             f"train.compile: PyTorch cannot compile this model here: {reason}. It needs a C++ compiler, and Triton for a GPU; "
             "install them, or set train.compile = false."
@@ -77,7 +76,7 @@ def compile_errors_explained() -> Iterator[None]:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """What runs inside is not worth compiling, or not for the second time."""
+    """Blocks run as they are inside."""
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdlora.errors import WeightsError
+from sdlora.errors import WeightsError, first_line
 from sdlora.lora.checkpoints import TEXT_ENCODER_PREFIXES, Place, places_of, says_v
 from sdlora.lora.targets import readable_name
 from sdlora.models.local import local_path
@@ -83,12 +83,7 @@ def download(name: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(name, use_safetensors=True, **NOT_NEEDED))
     except Exception as error:  # of the hub's client, the network below it, and diffusers, which share no class
-        raise WeightsError(f"model.base: there is no folder {name}, and the hub does not give it either: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what a library says."""
-    return str(error).strip().splitlines()[0]
+        raise WeightsError(f"model.base: there is no folder {name}, and the hub does not give it either: {first_line(error)}") from error
 
 
 NOT_NEEDED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}  # more than a gigabyte with SD 1.x
@@ -130,7 +125,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Components:
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler", **local),
         )
     except UNREADABLE as error:
-        raise WeightsError(f"model.base: cannot load {folder}: {_reason(error)}") from error
+        raise WeightsError(f"model.base: cannot load {folder}: {first_line(error)}") from error
 
 
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what diffusers and transformers raise for a damaged folder
@@ -295,7 +290,7 @@ def load_vae(path: Path, family: str) -> Any:
         try:
             return _network(AutoencoderKL, folder, torch.float32)
         except UNREADABLE as error:
-            raise WeightsError(f"model.vae: cannot load {folder}: {_reason(error)}") from error
+            raise WeightsError(f"model.vae: cannot load {folder}: {first_line(error)}") from error
     if not path.is_file():
         raise WeightsError(f"model.vae: there is no {path}.")
     weights = Weights(path)

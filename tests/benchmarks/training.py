@@ -103,6 +103,7 @@ def peft_loop(options: argparse.Namespace, folder: Path, cached: bool) -> Iterat
     unet: Any = UNet2DConditionModel.from_pretrained(base / "unet", torch_dtype=dtype).to(device).requires_grad_(False)
     vae: Any = AutoencoderKL.from_pretrained(base / "vae", torch_dtype=dtype).to(device).requires_grad_(False)
     encoders: list[tuple[Any, Any]] = []
+    # not sdlora.models.sources', whose import would count as theirs
     kinds: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     for part, kind in kinds.items():
         if (base / part).is_dir():
@@ -121,7 +122,7 @@ def peft_loop(options: argparse.Namespace, folder: Path, cached: bool) -> Iterat
         caption, said = path.with_suffix(".txt").read_text(), []
         for tokenizer, text in encoders:
             tokens = tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
-            said.append(text(tokens, output_hidden_states=True))
+            said.append(text(tokens, output_hidden_states=len(encoders) > 1))
         latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
         if len(encoders) == 1:
             return latents, said[0].last_hidden_state
