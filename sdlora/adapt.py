@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sdlora.config import TOKENS_A_CHUNK, Config
+from sdlora.data.cache import TensorCache
 from sdlora.errors import ConfigError
 from sdlora.lora import formats
 from sdlora.lora.inits import CALIBRATED, INITS, Start
@@ -19,6 +20,7 @@ from sdlora.lora.targets import by_layer, find_norms, find_targets, groups_of, i
 from sdlora.models import families
 from sdlora.models.device import DTYPES, checkpoint_activations, pick_device
 from sdlora.models.family import Family, Model
+from sdlora.models.sources import TEXT_ENCODERS
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +36,9 @@ class Adapted:
     unmatched: list[str]  # layers that `lora.alpha_from` has no alpha for
 
 
-def load_model(config: Config) -> tuple[Family, Model]:
-    """The base model, set up to encode prompts as asked. Raises WeightsError."""
+def load_model(config: Config, digests: TensorCache | None = None) -> tuple[Family, Model]:
+    """The base model, set up to encode prompts as asked. Of parts that `digests` knows and that are not trained no weights are read so far:
+    see families.load. Raises WeightsError."""
     device, chunks = pick_device(config.train.device), config.data.max_tokens // TOKENS_A_CHUNK
     options = config.model
     return families.load(
@@ -51,6 +54,8 @@ def load_model(config: Config) -> tuple[Family, Model]:
         offload=options.offload,
         vae_tile=options.vae_tile,
         attention=options.attention,
+        digests=digests,
+        resting=("vae", *(() if config.lora.text_encoder else TEXT_ENCODERS)),
     )
 
 

@@ -26,7 +26,16 @@ from sdlora.latents import Latents
 from sdlora.lora import calibrate, formats
 from sdlora.lora.layers import Adapter, LoraLayer, disabled, stop_dropping
 from sdlora.loss_scale import LossScale
-from sdlora.models.device import compile_blocks, compile_errors_explained, let_go, memory_used, return_freed_memory, set_aside, uncompiled
+from sdlora.models.device import (
+    compile_blocks,
+    compile_errors_explained,
+    let_go,
+    memory_used,
+    on_device,
+    return_freed_memory,
+    set_aside,
+    uncompiled,
+)
 from sdlora.models.family import Model
 from sdlora.objective import Objective, noise_schedule_of, prompts_of, trains_text
 from sdlora.optim import Average, Optimizer, make_optimizer, match_rates, rate_factor
@@ -61,7 +70,7 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
     buckets, repeats, batch_size = [item.placed.bucket for item in items], [item.repeats for item in items], config.train.batch_size
     plan = BatchPlan(buckets, repeats, batch_size * processes.count, config.train.seed)
 
-    family, model = load_model(config)
+    family, model = load_model(config, TensorCache(run.cache / "digests", config.model.base))
     for prompt in prompts:
         preview.check_size(prompt, model.size_multiple)
     if not processes.is_first:
@@ -80,12 +89,13 @@ def train(run: Run, processes: Processes = ALONE) -> Iterator[events.Event]:
         for _ in latents.fill([index for number in numbers for index in plan.batch(number)]):
             pass  # few, and `adapt` could not pass events on
         losses = [partial(base.denoising, *divmod(number, config.train.accumulation), through_text=True) for number in numbers]
-        if config.lora.init == "gradient":
-            return calibrate.gradients(modules, losses)
-        if config.lora.init == "contrast":
-            held = [partial(base.ask_what_is_pinned, number) for number in numbers]
-            return calibrate.contrasts(modules, losses, held, rank, config.train.seed)
-        return calibrate.activations(modules, losses, rank, config.train.seed)
+        with on_device(model, *model.text_encoders):
+            if config.lora.init == "gradient":
+                return calibrate.gradients(modules, losses)
+            if config.lora.init == "contrast":
+                held = [partial(base.ask_what_is_pinned, number) for number in numbers]
+                return calibrate.contrasts(modules, losses, held, rank, config.train.seed)
+            return calibrate.activations(modules, losses, rank, config.train.seed)
 
     adapted = adapt(model, config, statistics)
     layers = adapted.layers

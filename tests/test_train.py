@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import build_model
 from torch._dynamo.utils import counters
 from variants import EVERY_KIND, EVERY_OPTIMIZER
@@ -31,7 +31,7 @@ from sdlora.items import find_items
 from sdlora.latents import Posterior
 from sdlora.lora import formats
 from sdlora.lora.inits import INITS
-from sdlora.models import device, families
+from sdlora.models import device, digests, families, sources
 from sdlora.objective import GENERIC_PROMPTS, Objective, pinned_prompts
 from sdlora.optim import Average, Optimizer
 from sdlora.train import restore, train
@@ -734,11 +734,94 @@ def test_what_is_not_needed_for_steps_leaves_the_device_and_for_good_where_no_pr
 def test_what_a_run_lets_go_it_holds_no_more(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[Any] = []
     load = train_module.load_model
-    monkeypatch.setattr(train_module, "load_model", lambda config: held.append(load(config)) or held[-1])
+    monkeypatch.setattr(train_module, "load_model", lambda *arguments: held.append(load(*arguments)) or held[-1])
     told = list(train(make(text_encoder="[]", prompts="[]")))
     ((_, model),) = held
     assert isinstance(told[-1], events.Finished)
     assert {p.device.type for part in (model.vae, model.parts["text_encoder"]) for p in part.parameters()} == {"meta"}
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is read of VAEs and text encoders, by their classes."""
+    told: list[str] = []
+    look = sources._require_finite
+
+    def looked(network: Any, origin: str) -> None:
+        told.append(type(network).__name__)
+        look(network, origin)
+
+    monkeypatch.setattr(sources, "_require_finite", looked)
+    monkeypatch.setattr(digests, "SETTLED", 0)  # the model was built just now
+    return told
+
+
+VAE, TEXT_ENCODER, UNET = "AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"
+
+
+def test_what_a_second_run_does_not_need_it_does_not_read(make: Any, read: list[str]) -> None:
+    def reads(**options: Any) -> tuple[set[str], run.Run]:
+        read.clear()
+        of = make(**options)
+        assert isinstance(list(train(of))[-1], events.Finished)
+        assert len(read) == len(set(read)), "read twice"
+        return set(read), of
+
+    first, one = reads(text_encoder="[]")
+    assert first == {VAE, TEXT_ENCODER, UNET}
+    second, other = reads(text_encoder="[]")
+    assert second == {UNET}
+    assert_same_bits(one, other)
+    assert reads()[0] == {TEXT_ENCODER, UNET}  # it is trained
+    assert reads(text_encoder="[]", shuffle_tags="true")[0] == {TEXT_ENCODER, UNET}  # it is asked new things
+    assert reads(text_encoder="[]", flip="true")[0] == {VAE, UNET}
+    assert reads(text_encoder="[]", init="gradient", steps=1)[0] == {TEXT_ENCODER, UNET}
+    assert reads(text_encoder="[]", prompts="a cat --s 1")[0] == {VAE, TEXT_ENCODER, UNET}
+    assert reads(text_encoder="[]", gradient_checkpointing="true", prompts="a cat --s 1")[0] == {VAE, TEXT_ENCODER, UNET}
+
+
+def test_previews_are_the_same_whether_a_model_was_known_or_not(make: Any, read: list[str]) -> None:
+    def pictures() -> list[bytes]:
+        of = make(text_encoder="[]", prompts="a cat --s 2", steps=2)
+        assert isinstance(list(train(of))[-1], events.Finished)
+        return [path.read_bytes() for path in sorted(of.previews.glob("*.png"))]
+
+    assert pictures() == pictures()
+
+
+def test_a_model_whose_files_have_changed_is_read(make: Any, tiny: Path, tmp_path: Path, read: list[str]) -> None:
+    base = shutil.copytree(tiny, tmp_path / "base")
+    flags = {"text_encoder": "[]", "model.base": base, "steps": 1}
+    (path,) = (base / "vae").glob("*.safetensors")
+    list(train(make(**flags)))
+    read.clear()
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    told = list(train(make(**flags)))
+    assert set(read) == {VAE, UNET} and any(isinstance(e, events.Cached) and e.of == "pictures" for e in told)
+
+
+def test_what_was_written_just_now_is_not_taken_for_known(make: Any, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a tick of its clock a file can change unseen."""
+    monkeypatch.setattr(digests, "SETTLED", 1e9)
+    for _ in range(2):
+        read.clear()
+        list(train(make(text_encoder="[]", steps=1)))
+        assert set(read) == {VAE, TEXT_ENCODER, UNET}
+
+
+def test_a_latent_that_is_damaged_while_its_run_goes_on_is_computed_anew(make: Any, read: list[str]) -> None:
+    whole, of = losses(train(make(text_encoder="[]", prompts="[]"))), make(text_encoder="[]", prompts="[]")
+    read.clear()
+    told = []
+    for event in train(of):
+        if isinstance(event, events.Planned):
+            assert set(read) == {UNET}
+            for shard in of.cache.glob("*-*/*.safetensors"):
+                content = bytearray(shard.read_bytes())
+                content[-4:] = bytes(~byte & 255 for byte in content[-4:])  # of its last tensor
+                shard.write_bytes(content)
+        told.append(event)
+    assert losses(told) == whole and {VAE, TEXT_ENCODER} & set(read)
 
 
 def test_a_run_stopped_while_latents_are_computed_goes_on_with_the_rest(make: Any) -> None:

@@ -99,13 +99,18 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def set_aside(model: Model, *names: str) -> None:
     """Move parts ("vae", "text_encoder" ...) out of the device's memory, until on_device() fetches them."""
     for name in names:
-        _part(model, name).to("cpu")
+        _read(model, name).to("cpu")
 
 
 def let_go(model: Model, *names: str) -> None:
-    """Free parts for good: they are on the meta device from here on, where nothing can be computed."""
+    """Free parts: they are on the meta device from here on, until on_device() reads them anew."""
     for name in names:
         _part(model, name).to("meta")
+
+
+def is_away(part: nn.Module) -> bool:
+    """Whether it was let go, or not read so far."""
+    return next(part.parameters()).device.type == "meta"
 
 
 def memory_used(device: torch.device) -> int:
@@ -119,15 +124,25 @@ def memory_used(device: torch.device) -> int:
 
 @contextmanager
 def on_device(model: Model, *names: str) -> Iterator[None]:
-    """Parts are on the model's device inside, and then back where they were."""
-    before = {name: next(_part(model, name).parameters()).device for name in names}
+    """Parts are on the model's device inside, and then back where they were; those that had to be read stay."""
+    before = {name: next(_part(model, name).parameters()).device for name in names if not is_away(_part(model, name))}
     for name in names:
-        _part(model, name).to(model.device)
+        _read(model, name).to(model.device)
     try:
         yield
     finally:
         for name, device in before.items():
             _part(model, name).to(device)
+
+
+def _read(model: Model, name: str) -> nn.Module:
+    """The part with its weights. Raises WeightsError."""
+    part = _part(model, name)
+    if is_away(part):
+        whole = model.loaders[name]().requires_grad_(False)
+        for own, of_whole in zip(part.modules(), whole.modules(), strict=True):  # a state_dict lacks buffers that no file holds
+            own._parameters, own._buffers = of_whole._parameters, of_whole._buffers
+    return part
 
 
 def _part(model: Model, name: str) -> nn.Module:

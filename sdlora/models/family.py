@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,8 @@ class Model:
     chunks: int = 1  # of a prompt: each is as long as the tokenizer's longest text
     prompt_weights: bool = False  # whether brackets in prompts weigh what is in them
     idle: tuple[str, ...] = ()  # how the names of layers begin that no prediction depends on
+    loaders: dict[str, Callable[[], Any]] = field(default_factory=dict)  # of "vae" and text encoders: the part, read from its files
+    digests: dict[str, str] = field(default_factory=dict)  # of these parts' weights, as far as they are known
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
@@ -64,7 +66,7 @@ class Model:
     def vae_fingerprint(self) -> str:
         """What cached latents depend on."""
         tiles = ("tile", self.vae.tile_sample_min_size) if self.vae.use_tiling else ()
-        return fingerprint(weights_fingerprint(self.vae), self.vae.config.scaling_factor, *tiles)
+        return fingerprint(self.digests.get("vae") or digest(self.vae), self.vae.config.scaling_factor, *tiles)
 
     @cached_property
     def text_fingerprint(self) -> str:
@@ -75,19 +77,21 @@ class Model:
             encoder: Any = self.parts[name]
             config = encoder.config
             read.append((config.hidden_act, config.layer_norm_eps, config.num_attention_heads))
-            read.append((weights_fingerprint(encoder), tokenizer.get_vocab(), tokenizer.model_max_length, tokenizer.pad_token_id))
+            read.append(
+                (self.digests.get(name) or digest(encoder), tokenizer.get_vocab(), tokenizer.model_max_length, tokenizer.pad_token_id)
+            )
         return fingerprint(self.clip_skip, self.chunks, self.prompt_weights, *read)
 
 
-def weights_fingerprint(module: nn.Module) -> str:
-    """sha256 over names and bytes of all weights."""
+def digest(module: nn.Module) -> str:
+    """sha256, hex, over names and bytes of all weights."""
     import hashlib
 
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
+        found.update(name.encode())
+        found.update(tensor_bytes(tensor))
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -36,12 +37,21 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A network that a run may do without, and that is not read before it is asked for."""
+
+    files: tuple[Path, ...]  # all that it depends on
+    dtype: torch.dtype  # of its weights once they are read
+    load: Callable[[], Any]  # raises WeightsError
+    shell: Callable[[], Any]  # the same network on the meta device, for which no weights are read
+
+
+@dataclass(frozen=True)
 class Components:
     family: str  # "sd1", "sd2", "sdxl"
     unet: Any
-    vae: Any  # in fp32
-    text_encoders: tuple[Any, ...]
-    tokenizers: tuple[Any, ...]
+    parts: dict[str, Part]  # "vae", which is in fp32, and the text encoders in their order
+    tokenizers: tuple[Any, ...]  # of these
     scheduler: Any
     notes: tuple[str, ...] = ()  # what was assumed
 
@@ -49,16 +59,27 @@ class Components:
 def load(base: str, dtype: torch.dtype, *, vae: str | None = None, prediction_type: str | None = None) -> Components:
     """`base`: "mini", a folder, a .safetensors or .ckpt file, or a hub's "owner/name". `vae`: a folder or file in the place of the base's
     own. `prediction_type`: what the base's own word is overruled by. Raises WeightsError."""
-    found = _load(base, dtype, has_vae=vae is None, prediction_type=prediction_type)
+    found = _load(base, dtype, prediction_type)
     if prediction_type is not None:
         found = replace(found, scheduler=DDPMScheduler.from_config(found.scheduler.config, prediction_type=prediction_type))
     if found.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise WeightsError(f"model.base: {base} predicts {found.scheduler.config.prediction_type}, which sdlora does not train.")
+    _require_finite(found.unet, f"model.base: {base}")
+    parts = {name: _checked(part, f"model.base: {base}") for name, part in found.parts.items()}
     if vae is not None:
-        found = replace(found, vae=load_vae(Path(vae), found.family))
-    for network in (found.unet, found.vae, *found.text_encoders):
-        _require_finite(network, f"model.vae: {vae}" if vae is not None and network is found.vae else f"model.base: {base}")
-    return found
+        parts["vae"] = _checked(vae_at(Path(vae), found.family), f"model.vae: {vae}")
+    return replace(found, parts=parts)
+
+
+def _checked(part: Part, origin: str) -> Part:
+    """The part, whose numbers are looked at whenever they are read."""
+
+    def load() -> Any:
+        network = part.load()
+        _require_finite(network, origin)
+        return network
+
+    return replace(part, load=load)
 
 
 def _require_finite(network: Any, origin: str) -> None:
@@ -67,12 +88,12 @@ def _require_finite(network: Any, origin: str) -> None:
             raise WeightsError(f"{origin} is damaged: {name} of its {type(network).__name__} has numbers that are not finite.")
 
 
-def _load(base: str, dtype: torch.dtype, has_vae: bool, prediction_type: str | None) -> Components:
+def _load(base: str, dtype: torch.dtype, prediction_type: str | None) -> Components:
     path = local_path(base)
     if path.is_dir():
         return _from_folder(path, dtype)
     if path.is_file():
-        return _from_file(path, dtype, has_vae, prediction_type)
+        return _from_file(path, dtype, prediction_type)
     if HUB_NAME.fullmatch(base):
         return _from_folder(download(base), dtype)
     raise WeightsError(f"model.base: there is no {path}; give a model folder, a .safetensors file, 'owner/name' on the hub, or 'mini'.")
@@ -102,9 +123,9 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Components:
         raise WeightsError(f"model.base: {index} does not say which pipeline the model is for; it is damaged.") from None
     if name not in PIPELINES:
         raise WeightsError(f"model.base: {folder} is for {name}; sdlora trains {', '.join(PIPELINES)}.")
-    parts = list(TEXT_ENCODERS)[: PIPELINES[name]]
-    tokenizers = [part.replace("text_encoder", "tokenizer") for part in parts]
-    missing = [part for part in dict.fromkeys((*FOLDERS, *parts, *tokenizers)) if not (folder / part).is_dir()]
+    encoders = list(TEXT_ENCODERS)[: PIPELINES[name]]
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in encoders]
+    missing = [part for part in dict.fromkeys((*FOLDERS, *encoders, *tokenizers)) if not (folder / part).is_dir()]
     if missing:
         raise WeightsError(f"model.base: {folder} is not a Stable Diffusion folder in diffusers' layout: it has no {', '.join(missing)}.")
     config = _read_json(folder / "scheduler" / "scheduler_config.json")
@@ -117,10 +138,10 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Components:
         unet = _network(UNet2DConditionModel, folder / "unet", dtype)
         _refuse_special(folder, unet.config.in_channels)
         return Components(
-            family="sdxl" if len(parts) == 2 else "sd2" if unet.config.cross_attention_dim == 1024 else "sd1",
+            family="sdxl" if len(encoders) == 2 else "sd2" if unet.config.cross_attention_dim == 1024 else "sd1",
             unet=unet,
-            vae=_network(AutoencoderKL, folder / "vae", torch.float32),
-            text_encoders=tuple(_network(TEXT_ENCODERS[part], folder / part, dtype) for part in parts),
+            parts={"vae": _part(AutoencoderKL, folder / "vae", torch.float32)}
+            | {part: _part(TEXT_ENCODERS[part], folder / part, dtype) for part in encoders},
             tokenizers=tuple(CLIPTokenizer.from_pretrained(folder / part, **AS_WRITTEN, **local) for part in tokenizers),
             scheduler=DDPMScheduler.from_pretrained(folder / "scheduler", **local),
         )
@@ -129,6 +150,27 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Components:
 
 
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)  # what diffusers and transformers raise for a damaged folder
+
+
+def _part(kind: Any, folder: Path, dtype: torch.dtype, option: str = "model.base") -> Part:
+    """From a folder of its own, which `option` named."""
+
+    def load() -> Any:
+        try:
+            return _network(kind, folder, dtype)
+        except UNREADABLE as error:
+            raise WeightsError(f"{option}: cannot load {folder}: {first_line(error)}") from error
+
+    files = tuple(sorted([*folder.glob("*.safetensors"), folder / "config.json"]))
+    return Part(files, dtype, load, partial(_shell, kind, folder, dtype))
+
+
+def _shell(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A network without its weights, of the config in a folder."""
+    is_clip = kind in TEXT_ENCODERS.values()
+    config = (CLIPTextConfig.from_pretrained if is_clip else kind.load_config)(folder, local_files_only=True)
+    with torch.device("meta"):
+        return (kind if is_clip else kind.from_config)(config).to(dtype)
 
 
 def _network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -192,7 +234,7 @@ class Weights:
         return {key.removeprefix(prefix): self[key] for key in self.keys if key.startswith(prefix)}
 
 
-def _from_file(path: Path, dtype: torch.dtype, has_vae: bool, prediction_type: str | None) -> Components:
+def _from_file(path: Path, dtype: torch.dtype, prediction_type: str | None) -> Components:
     weights = Weights(path)
     family, places = places_of(path, weights.keys)
     config = UNet2DConditionModel.load_config(CONFIGS / family / "unet")
@@ -215,8 +257,8 @@ def _from_file(path: Path, dtype: torch.dtype, has_vae: bool, prediction_type: s
     return Components(
         family=family,
         unet=unet,
-        vae=_vae_of(weights, family, VAE_PREFIX) if has_vae else None,
-        text_encoders=tuple(_text_encoder(weights, places, family, part, dtype) for part in PARTS[family]),
+        parts={"vae": _vae_within(path, family, VAE_PREFIX)}
+        | {part: _text_encoder_within(path, places, family, part, dtype) for part in PARTS[family]},
         tokenizers=tuple(clip_tokenizer(PADDING.get((family, part))) for part in PARTS[family]),
         scheduler=DDPMScheduler.from_config(DDPMScheduler.load_config(CONFIGS / family / "scheduler"), prediction_type=predicts, **ztsnr),
         notes=notes,
@@ -267,7 +309,12 @@ def _of_part(weights: Weights, places: Mapping[str, Place], part: str, module: A
 IGNORED = {f"{part}.text_model.embeddings.position_ids" for part in TEXT_ENCODERS}
 
 
-def _text_encoder(weights: Weights, places: Mapping[str, Place], family: str, part: str, dtype: torch.dtype) -> Any:
+def _text_encoder_within(path: Path, places: Mapping[str, Place], family: str, part: str, dtype: torch.dtype) -> Part:
+    shell = partial(_shell, TEXT_ENCODERS[part], CONFIGS / family / part, dtype)
+    return Part((path,), dtype, partial(_text_encoder, path, places, family, part, dtype), shell)
+
+
+def _text_encoder(path: Path, places: Mapping[str, Place], family: str, part: str, dtype: torch.dtype) -> Any:
     config = CLIPTextConfig.from_pretrained(CONFIGS / family / part)
     # SD 2.x hears OpenCLIP's last layer but one, and its config counts 23 of the 24 that the file has
     last = re.compile(rf"{part}\.text_model\.encoder\.layers\.(\d+)\.")
@@ -275,42 +322,39 @@ def _text_encoder(weights: Weights, places: Mapping[str, Place], family: str, pa
     kind = TEXT_ENCODERS[part]
     if kind is CLIPTextModel:
         heard.pop(f"{part}.text_projection.weight", None)  # in OpenCLIP's files, and asked for by none but SDXL's second
-    with torch.device("meta"):
-        shapes = kind(config)
-    return kind.from_pretrained(None, config=config, state_dict=_of_part(weights, heard, part, shapes, dtype), dtype=dtype)
+    shapes = _shell(kind, CONFIGS / family / part, dtype)
+    return kind.from_pretrained(None, config=config, state_dict=_of_part(Weights(path), heard, part, shapes, dtype), dtype=dtype)
 
 
 # ---------------------------------------------------------------- VAEs
 
 
-def load_vae(path: Path, family: str) -> Any:
+def vae_at(path: Path, family: str) -> Part:
     """A VAE alone: a folder of diffusers', or a file whose keys may begin as in a whole checkpoint. Raises WeightsError."""
     if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        try:
-            return _network(AutoencoderKL, folder, torch.float32)
-        except UNREADABLE as error:
-            raise WeightsError(f"model.vae: cannot load {folder}: {first_line(error)}") from error
+        return _part(AutoencoderKL, path / "vae" if (path / "vae").is_dir() else path, torch.float32, "model.vae")
     if not path.is_file():
         raise WeightsError(f"model.vae: there is no {path}.")
-    weights = Weights(path)
-    is_whole = any(key.startswith(VAE_PREFIX) for key in weights.keys)
-    return _vae_of(weights, family, VAE_PREFIX if is_whole else "")
+    is_whole = any(key.startswith(VAE_PREFIX) for key in Weights(path).keys)
+    return _vae_within(path, family, VAE_PREFIX if is_whole else "")
 
 
-def _vae_of(weights: Weights, family: str, prefix: str) -> Any:
+def _vae_within(path: Path, family: str, prefix: str) -> Part:
+    shell = partial(_shell, AutoencoderKL, CONFIGS / family / "vae", torch.float32)
+    return Part((path,), torch.float32, partial(_vae_of, path, family, prefix), shell)
+
+
+def _vae_of(path: Path, family: str, prefix: str) -> Any:
     """In fp32."""
-    config = AutoencoderKL.load_config(CONFIGS / family / "vae")
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(config)
+    weights, vae = Weights(path), _shell(AutoencoderKL, CONFIGS / family / "vae", torch.float32)
     state = {OLD_ATTENTION.sub(lambda found: OLD_NAMES[found[0]], key): tensor for key, tensor in weights.below(prefix).items()}
     if not state:
-        raise WeightsError(f"model.base: {weights.path} has no VAE in it: give one with model.vae, a file or a folder.")
+        raise WeightsError(f"model.base: {path} has no VAE in it: give one with model.vae, a file or a folder.")
     wanted = vae.state_dict()
-    found = state if wanted.keys() <= state.keys() else convert_ldm_vae_checkpoint(state, config)
+    found = state if wanted.keys() <= state.keys() else convert_ldm_vae_checkpoint(state, vae.config)
     odd = sorted(name for name, tensor in wanted.items() if name not in found or found[name].shape != tensor.shape)
     if odd:
-        raise WeightsError(f"{weights.path} has no VAE of this family in it: {odd[0]} is missing or has another shape.")
+        raise WeightsError(f"{path} has no VAE of this family in it: {odd[0]} is missing or has another shape.")
     vae.load_state_dict({name: found[name].float().contiguous() for name in wanted}, assign=True)
     return vae
 

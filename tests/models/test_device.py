@@ -1,5 +1,6 @@
 """Parts of a model come to its device and go back to where they were. The device is spied on: there may be only a CPU."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdlora.models.device import let_go, on_device, set_aside
+from sdlora.models.device import is_away, let_go, on_device, set_aside
 
 GPU = torch.device("cuda:7")  # that nobody has
 
@@ -45,12 +46,30 @@ def test_parts_come_and_go_back_where_they_were_whatever_happens() -> None:
     assert text_encoder.at.type == "cpu"
 
 
-def test_what_was_let_go_computes_nothing() -> None:
-    vae = nn.Linear(2, 2)
-    let_go(SimpleNamespace(vae=vae), "vae")  # type: ignore[arg-type]
-    assert vae.weight.is_meta
-    with pytest.raises(NotImplementedError), on_device(SimpleNamespace(vae=vae, device=torch.device("cpu")), "vae"):  # type: ignore[arg-type]
+class Counted(nn.Linear):
+    """Has numbers that no file holds."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.register_buffer("number", torch.ones(1), persistent=False)
+
+
+def test_what_was_let_go_is_read_anew_where_it_is_asked_for_and_stays() -> None:
+    files = Counted()
+    vae, read = Counted().eval(), []
+    model: Any = SimpleNamespace(vae=vae, device=torch.device("cpu"), loaders={"vae": lambda: read.append("vae") or copy.deepcopy(files)})
+    let_go(model, "vae")
+    assert vae.weight.is_meta and vae.number.is_meta and is_away(vae)
+    with pytest.raises(KeyboardInterrupt), on_device(model, "vae"):
+        assert torch.equal(vae(torch.ones(1, 2)), files(torch.ones(1, 2))) and vae.number == 1
+        raise KeyboardInterrupt
+    assert not is_away(vae) and not vae.weight.requires_grad and not vae.training
+    with on_device(model, "vae"):
         pass
+    assert read == ["vae"]
+    let_go(model, "vae")
+    set_aside(model, "vae")
+    assert vae.weight.device.type == "cpu" and read == ["vae", "vae"]
 
 
 def has_large_pages() -> bool:

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSchedu
 from originals import VAE_CONFIG, Original, build_original, save_configs, text_config, unet_config
 from safetensors.torch import load_file, save_file
 from tiny import build_model
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.errors import WeightsError
@@ -39,6 +40,11 @@ def test_a_single_file_predicts_the_same_bits_as_its_weights_in_diffusers(small:
     assert_same(load(str(original.path), torch.float32), original, family)
 
 
+def whole(found: sources.Components) -> dict[str, Any]:
+    """All of its networks."""
+    return {"unet": found.unet, **{name: part.load() for name, part in found.parts.items()}}
+
+
 def assert_same(found: sources.Components, original: Original, family: str) -> None:
     assert found.family == family
     unet = UNet2DConditionModel(**unet_config(family))
@@ -52,17 +58,39 @@ def assert_same(found: sources.Components, original: Original, family: str) -> N
     embeds = torch.randn(2, 5, unet.config.cross_attention_dim)
     added = {"text_embeds": torch.randn(2, 6), "time_ids": torch.randn(2, 6)}
     pixels = torch.randn(1, 3, 16, 16)
+    loaded = whole(found)
     with torch.no_grad():
         ours, theirs = (m(noisy, timesteps, embeds, added_cond_kwargs=added).sample for m in (found.unet.eval(), unet.eval()))
         assert torch.equal(ours, theirs)
-        assert torch.equal(found.vae.encode(pixels).latent_dist.mean, vae.encode(pixels).latent_dist.mean)
-        assert torch.equal(found.vae.decode(noisy).sample, vae.decode(noisy).sample)
-        for number, (loaded, encoder) in enumerate(zip(found.text_encoders, encoders, strict=True)):
-            state = of_part(original, "text_encoder_2" if number else "text_encoder")
+        assert torch.equal(loaded["vae"].encode(pixels).latent_dist.mean, vae.encode(pixels).latent_dist.mean)
+        assert torch.equal(loaded["vae"].decode(noisy).sample, vae.decode(noisy).sample)
+        assert list(loaded)[2:] == ["text_encoder", "text_encoder_2"][: len(encoders)]
+        for number, encoder in enumerate(encoders):
+            name = "text_encoder_2" if number else "text_encoder"
+            state = of_part(original, name)
             encoder.load_state_dict(state if number else {key.removeprefix("text_model."): value for key, value in state.items()})
-            ours, theirs = (model.eval()(IDS, output_hidden_states=True) for model in (loaded, encoder))
+            ours, theirs = (model.eval()(IDS, output_hidden_states=True) for model in (loaded[name], encoder))
             assert all(torch.equal(a, b) for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True))
             assert torch.equal(ours[0], theirs[0])  # the last state, or what is pooled of it
+
+
+@pytest.mark.parametrize("in_folder", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shell_is_the_whole_but_for_its_numbers(small: Path, family: str, in_folder: bool) -> None:
+    folder = build_model(small / "tiny", family=family) if in_folder else build_original(small / "a.safetensors", family).path
+    for part in load(str(folder), torch.bfloat16).parts.values():
+        shell, there = part.shell(), part.load()
+        configs = [network.config if isinstance(network, AutoencoderKL) else network.config.to_dict() for network in (shell, there)]
+        assert without(configs[0], "_name_or_path", "dtype") == without(configs[1], "_name_or_path", "dtype")
+        assert shell.dtype == there.dtype == part.dtype and all(path.is_file() for path in part.files)
+        for tensors in (nn.Module.named_parameters, nn.Module.named_buffers):
+            alike = [{name: (t.shape, t.dtype) for name, t in tensors(network)} for network in (shell, there)]
+            assert alike[0] == alike[1] and all(t.is_meta for _, t in tensors(shell))
+        assert [name for name, _ in shell.named_modules()] == [name for name, _ in there.named_modules()]
+
+
+def without(table: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if name not in names}
 
 
 def of_part(original: Original, part: str) -> dict[str, torch.Tensor]:
@@ -197,10 +225,10 @@ def test_no_folder_gets_random_weights(tmp_path: Path, part: str, change: dict[s
         tensors[key if part != "text_encoder" or key in tensors else f"text_model.{key.removeprefix('text_model.')}"] = tensor
     save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})
     if not message:
-        load(str(folder), torch.float32)
+        whole(load(str(folder), torch.float32))
         return
     with pytest.raises(WeightsError) as error:
-        load(str(folder), torch.float32)
+        whole(load(str(folder), torch.float32))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -218,12 +246,12 @@ def test_another_vae_from_a_folder_or_a_file_with_or_without_its_prefix(small: P
     save_file(old, small / "old.safetensors")
     files = (other.path, small / "vae.safetensors", small / "old.safetensors", small / "folder" / "diffusion_pytorch_model.safetensors")
     for source in (small / "folder", *files):
-        found = load(str(own.path), torch.float32, vae=str(source)).vae.state_dict()
+        found = load(str(own.path), torch.float32, vae=str(source)).parts["vae"].load().state_dict()
         assert all(torch.equal(found[key], other.vae[key]) for key in found)
     pruned = {key: tensor for key, tensor in own.tensors.items() if not key.startswith("first_stage_model.")}
     save_file(pruned, small / "pruned.safetensors")
     with pytest.raises(WeightsError, match=r"has no VAE in it: give one with model\.vae"):
-        load(str(small / "pruned.safetensors"), torch.float32)
+        whole(load(str(small / "pruned.safetensors"), torch.float32))
     load(str(small / "pruned.safetensors"), torch.float32, vae=str(other.path))
     with pytest.raises(WeightsError, match=r"model\.vae: there is no"):
         load(str(own.path), torch.float32, vae=str(small / "none"))
@@ -268,7 +296,7 @@ def test_files_that_are_something_else_get_one_sentence(small: Path, damage: str
     if damage == "cut":
         original.path.write_bytes(original.path.read_bytes()[:-100])
     with pytest.raises(WeightsError, match=message) as error:
-        load(str(original.path), torch.float32)
+        whole(load(str(original.path), torch.float32))
     assert "\n" not in str(error.value) and "a.safetensors" in str(error.value)
 
 
