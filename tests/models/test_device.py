@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from sdlora.models import device
 from sdlora.models.device import is_away, let_go, on_device, set_aside
 
 GPU = torch.device("cuda:7")  # that nobody has
@@ -70,6 +71,34 @@ def test_what_was_let_go_is_read_anew_where_it_is_asked_for_and_stays() -> None:
     let_go(model, "vae")
     set_aside(model, "vae")
     assert vae.weight.device.type == "cpu" and read == ["vae", "vae"]
+
+
+def test_memory_is_returned_where_more_is_held_than_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, returns = [100], []
+
+    def trim(pad: int) -> None:
+        returns.append(held[0])
+        held[0] -= 30
+
+    monkeypatch.setattr(device, "process_bytes", lambda: held[0])
+    returned = device.Returned(SimpleNamespace(malloc_trim=trim))  # type: ignore[arg-type]
+    for more, left in ((0, 70), (0, 70), (10, 50), (15, 65), (40, 75), (0, 75)):
+        held[0] += more
+        with returned:
+            pass
+        assert held[0] == left
+    assert returns == [100, 80, 105]
+
+
+@pytest.mark.skipif(device.glibc() is None, reason="memory is not glibc's")
+def test_checkpointed_blocks_return_memory_before_either_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+    monkeypatch.setattr(device.Returned, "__enter__", lambda self: entered.append(1))
+    block = SimpleNamespace(train=lambda: block, enable_gradient_checkpointing=lambda function: setattr(block, "function", function))
+    device.checkpoint_activations(SimpleNamespace(parts={"unet": block}, device=torch.device("cpu")))  # type: ignore[arg-type]
+    x = torch.ones(2, requires_grad=True)
+    block.function(lambda x: (x * x).exp(), x).sum().backward()
+    assert len(entered) == 2
 
 
 def has_large_pages() -> bool:
