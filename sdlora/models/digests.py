@@ -30,21 +30,22 @@ def networks(parts: Mapping[str, Part], cache: TensorCache | None, resting: Coll
         return {name: part.load() for name, part in parts.items()}, {}
     made, digests = {}, {}
     for name, part in parts.items():
-        entry = cache.get(key(name, part))
+        of_files = key(name, part)  # as they are before they are read
+        entry = cache.get(of_files)
         made[name] = part.load() if entry is None or name not in resting else part.shell()
         if entry is None:
             digests[name] = digest(made[name])
-            keep(cache, name, part, digests[name])
+            keep(cache, of_files, part, digests[name])
         else:
             digests[name] = bytes(entry["sha256"].tolist()).hex()
     return made, digests
 
 
-def keep(cache: TensorCache, name: str, part: Part, digest: str) -> None:
+def keep(cache: TensorCache, of_files: str, part: Part, digest: str) -> None:
     """A disk that takes nothing keeps nothing: the next run reads the part once more."""
     if time.time() - max(path.stat().st_mtime for path in part.files) < SETTLED:
         return
-    cache.put(key(name, part), {"sha256": torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)})
+    cache.put(of_files, {"sha256": torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)})
     try:
         cache.flush()
     except TrainingError as error:

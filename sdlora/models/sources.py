@@ -311,18 +311,17 @@ IGNORED = {f"{part}.text_model.embeddings.position_ids" for part in TEXT_ENCODER
 
 def _text_encoder_within(path: Path, places: Mapping[str, Place], family: str, part: str, dtype: torch.dtype) -> Part:
     shell = partial(_shell, TEXT_ENCODERS[part], CONFIGS / family / part, dtype)
-    return Part((path,), dtype, partial(_text_encoder, path, places, family, part, dtype), shell)
+    return Part((path,), dtype, partial(_text_encoder, path, places, part, dtype, shell), shell)
 
 
-def _text_encoder(path: Path, places: Mapping[str, Place], family: str, part: str, dtype: torch.dtype) -> Any:
-    config = CLIPTextConfig.from_pretrained(CONFIGS / family / part)
+def _text_encoder(path: Path, places: Mapping[str, Place], part: str, dtype: torch.dtype, shell: Callable[[], Any]) -> Any:
+    shapes = shell()
+    kind, config = type(shapes), shapes.config
     # SD 2.x hears OpenCLIP's last layer but one, and its config counts 23 of the 24 that the file has
     last = re.compile(rf"{part}\.text_model\.encoder\.layers\.(\d+)\.")
     heard = {n: place for n, place in places.items() if not ((m := last.match(n)) and int(m[1]) >= config.num_hidden_layers)}
-    kind = TEXT_ENCODERS[part]
     if kind is CLIPTextModel:
         heard.pop(f"{part}.text_projection.weight", None)  # in OpenCLIP's files, and asked for by none but SDXL's second
-    shapes = _shell(kind, CONFIGS / family / part, dtype)
     return kind.from_pretrained(None, config=config, state_dict=_of_part(Weights(path), heard, part, shapes, dtype), dtype=dtype)
 
 
@@ -341,13 +340,13 @@ def vae_at(path: Path, family: str) -> Part:
 
 def _vae_within(path: Path, family: str, prefix: str) -> Part:
     shell = partial(_shell, AutoencoderKL, CONFIGS / family / "vae", torch.float32)
-    return Part((path,), torch.float32, partial(_vae_of, path, family, prefix), shell)
+    return Part((path,), torch.float32, partial(_vae_of, path, prefix, shell), shell)
 
 
-def _vae_of(path: Path, family: str, prefix: str) -> Any:
+def _vae_of(path: Path, prefix: str, shell: Callable[[], Any]) -> Any:
     """In fp32."""
-    weights, vae = Weights(path), _shell(AutoencoderKL, CONFIGS / family / "vae", torch.float32)
-    state = {OLD_ATTENTION.sub(lambda found: OLD_NAMES[found[0]], key): tensor for key, tensor in weights.below(prefix).items()}
+    vae = shell()
+    state = {OLD_ATTENTION.sub(lambda found: OLD_NAMES[found[0]], key): tensor for key, tensor in Weights(path).below(prefix).items()}
     if not state:
         raise WeightsError(f"model.base: {path} has no VAE in it: give one with model.vae, a file or a folder.")
     wanted = vae.state_dict()
